@@ -1,0 +1,56 @@
+"""Every error Longtape raises, in one tree.
+
+::
+
+    LongtapeError
+    ├── UsageError (ValueError)        what was asked cannot be done as asked
+    │   ├── BudgetError                too little memory; says the least that would do
+    │   └── StepError                  a step broke its contract
+    ├── StorageError (OSError)         a tier could not do what was asked
+    │   ├── StorageFull                no space left, or the stated limit is reached
+    │   └── DamagedBlock               a block that was read is not what was written
+    ├── StateError (RuntimeError)      a call out of order, such as reverse() before forward()
+    └── PlanError (AssertionError)     a plan broke its own rules: a defect in Longtape
+
+A message has four parts: what was asked, which limit it met, at which step, tier
+or path, and what to do about it.  An exception raised by the user's own step
+keeps its type and gains a note that says where in the sweep it happened.
+"""
+
+from __future__ import annotations
+
+
+class LongtapeError(Exception):
+    """Base of everything Longtape raises on its own behalf."""
+
+
+class UsageError(LongtapeError, ValueError):
+    """An argument, or a combination of arguments, that cannot be honoured."""
+
+
+class BudgetError(UsageError):
+    """The memory budget cannot hold what even the slowest plan needs."""
+
+
+class StepError(UsageError):
+    """The user's step changed shape, dtype or structure, or broke another part of its contract."""
+
+
+class StorageError(LongtapeError, OSError):
+    """A storage tier failed; carries `errno` where the system gave one."""
+
+
+class StorageFull(StorageError):
+    """No space left on the device, or the disk limit the user stated is reached."""
+
+
+class DamagedBlock(StorageError):
+    """The bytes read back are not those that were written: torn, flipped, swapped or truncated."""
+
+
+class StateError(LongtapeError, RuntimeError):
+    """A call that is out of order."""
+
+
+class PlanError(LongtapeError, AssertionError):
+    """A plan asked for something illegal.  This is a defect in the plan, never in the user's data."""

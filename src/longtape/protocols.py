@@ -1,0 +1,112 @@
+"""The seams: what the engine asks of a front end, of a storage tier and of an observer.
+
+Nothing here is implemented; nothing here knows a framework, a file or a thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from longtape.actions import Action, Key
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One preallocated buffer of a pool: room for one snapshot or one residual block."""
+
+    data: Bytes
+    """One-dimensional; its start is page-aligned or aligned as the pool says."""
+
+    views: Any = field(default=None)
+    """A front end's cache of typed views of `data`; the engine never looks at it."""
+
+
+class Pool(Protocol):
+    """A fixed number of equal slots."""
+
+    def take(self) -> Slot:
+        """A free slot; the caller owns it until it gives it back."""
+
+    def give(self, slot: Slot) -> None:
+        """Take a slot back."""
+
+
+class Job(Protocol):
+    """What the executor drives: the user's steps and working state, seen through a front end.
+
+    Called from the executor's thread only.  Steps are half-open ranges.
+    """
+
+    def advance(self, start: int, stop: int) -> int:
+        """Run steps ``[start, stop)`` on the working state; return the state reached.
+
+        That is `stop`, unless the sequence ends earlier, which only a job of unknown
+        length may find.
+        """
+
+    def reverse(self, start: int, stop: int) -> None:
+        """Take the adjoint of steps ``stop-1 … start``, re-running them from the working state `start`."""
+
+    def save(self, slot: Slot) -> Slot:
+        """Put the working state into `slot`; return the slot that now holds it.
+
+        A front end that copies returns `slot`.  One that can run from any buffer hands
+        over the buffer its working state is in and keeps `slot` as its next target.
+        """
+
+    def load(self, slot: Slot) -> None:
+        """Make the snapshot in `slot` the working state, by copy or by reference."""
+
+    def yield_slot(self, slot: Slot) -> Slot:
+        """The engine wants `slot` back: return it, or an equal one if the working state lives in it."""
+
+    def load_initial(self) -> None:
+        """Make state 0 the working state; only called on jobs that said they can."""
+
+    def turn(self) -> None:
+        """The forward sweep has ended: the working state is the final one."""
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        """Run steps ``[start, stop)`` and lay their residuals out in `slot`; returns as `advance` does."""
+
+    def pull_back(self, start: int, stop: int, slot: Slot) -> None:
+        """Take the adjoint of steps ``stop-1 … start`` from the residuals in `slot`."""
+
+
+class Tier(Protocol):
+    """Slow, cheap storage.  A tier only moves bytes: it decides nothing.
+
+    `reserve`, `release` and `close` are called from the executor's thread; `write`
+    and `read` from workers, at most one call per key at a time.
+    """
+
+    def reserve(self, key: Key, nbytes: int) -> None:
+        """Find room for an item; raise `StorageFull` where there is none."""
+
+    def write(self, key: Key, data: Bytes) -> None:
+        """Write a reserved item, blocking; on return it can be read back.  Raises `StorageError`."""
+
+    def read(self, key: Key, out: Bytes) -> None:
+        """Fill `out` with a written item, blocking, and check it.  Raises `StorageError`, `DamagedBlock`."""
+
+    def release(self, key: Key) -> None:
+        """Give the item's room back."""
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+
+
+class Observer(Protocol):
+    """Watches a run.  The engine calls it after each action; it must return quickly and change nothing."""
+
+    def on_action(self, action: Action, began: float, ended: float) -> None:
+        """An action ran from `began` to `ended` (seconds on the engine's clock)."""
+
+    def on_transfer(self, kind: str, key: Key, nbytes: int, began: float, ended: float) -> None:
+        """A ``"write"`` or ``"read"`` moved `nbytes` bytes between `began` and `ended`."""
