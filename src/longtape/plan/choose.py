@@ -1,0 +1,423 @@
+"""From costs and a budget in bytes to a schedule: the shortest predicted run among all that fit.
+
+This file owns the search; the formulas are in `predict`.  Candidates are
+
+* everything in memory, as snapshots or as residuals;
+* Revolve within memory;
+* snapshots to storage as often as it takes them, or at a fixed spacing for which the
+  forward sweep waits, with Revolve in between;
+* residuals to storage for as many windows as it carries.
+
+Each is tried with those window lengths that can matter, a few hundred at most, so that
+the choice takes milliseconds however long the job.
+
+Invariants: slots, blocks and tapes together never exceed the budget; the choice is
+never predicted to take longer than the best Revolve; storage is used only where it is
+predicted to save at least a hundredth of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from math import ceil, isfinite
+from typing import Literal
+
+from longtape.errors import BudgetError, UsageError
+from longtape.plan.binomial import capacity, repetitions
+from longtape.plan.costs import Costs, Problem
+from longtape.plan.predict import (
+    Footprint,
+    Prediction,
+    Recording,
+    best_tail,
+    can_record,
+    horizon,
+    pace,
+    predict_asynchronous,
+    predict_recorded,
+    predict_residuals,
+    predict_revolve,
+    spaced,
+)
+
+Schedule = Literal["store_all", "revolve", "asynchronous", "residuals"]
+
+LARGEST_BLOCK = 16 * 2**20
+"""Bytes beyond which a larger residual block gains nothing."""
+
+SMALLEST_GOOD_BLOCK = 2**20
+"""Bytes below which storage does not reach its bandwidth."""
+
+ENOUGH_BLOCKS = 64
+"""Blocks that ride out the noise of storage; more are taken only where the prediction gains by it."""
+
+_SIMPLEST_FIRST: tuple[Schedule, ...] = ("store_all", "revolve", "asynchronous", "residuals")
+_LATENCY_SHARE = 0.05
+_LEAST_GAIN = 0.01
+_SAME_TIME = 1.0 + 1e-9
+_ROUNDING_SECONDS = 1e-9
+_MOST_REPEATS = 8
+_SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
+_RUNS = range(1, 17)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A schedule and its parameters, with what they are expected to take."""
+
+    schedule: Schedule
+    window: int
+    """Steps whose adjoint is taken in one go."""
+    spacing: float
+    """Mean steps from one stored snapshot to the next.
+
+    For "residuals": the steps of a plain run, which starts from one snapshot.  For
+    "store_all": the window.  For "revolve": N, as nothing is stored.
+    """
+    slots: int
+    """Snapshots in memory, staging and prefetch included."""
+    blocks: int
+    """Residual blocks of `window` steps in memory; 0: windows are reversed by re-taping."""
+    record_fraction: float
+    """Fraction of the windows to record in the forward sweep."""
+    tail: int
+    """Last steps kept in memory only, as Revolve would: N for Revolve, 0 where N is unknown or windows are recorded."""
+    stall_spacing: int | None
+    """Store at exactly this many steps, waiting for storage where it does not keep up; None: as storage allows."""
+    prediction: Prediction
+    alternatives: tuple[tuple[str, Prediction], ...] = ()
+    """The best of each other schedule that fits, quickest first."""
+
+    @property
+    def uses_disk(self) -> bool:
+        """Whether anything goes to storage."""
+        return self.schedule in ("asynchronous", "residuals")
+
+    @property
+    def footprint(self) -> Footprint:
+        """How the memory budget is shared out."""
+        return Footprint(self.window, self.slots, self.blocks)
+
+
+def choose(problem: Problem, costs: Costs) -> Choice:
+    """The schedule with the shortest predicted time among those that fit the budget.
+
+    A job of unknown length is compared over `predict.HORIZON` steps; it needs storage.
+
+    Args:
+        problem: What is asked, and the budget.
+        costs: Measured or stated times.
+
+    Raises:
+        BudgetError: The memory budget does not hold a single state.
+        UsageError: Fewer than one step, times that cannot be, or a length that is
+            unknown although there is no storage.
+    """
+    _check(problem, costs)
+    found = [*_within_memory(problem, costs), *_with_snapshots(problem, costs), *_with_residuals(problem, costs)]
+    best = {name: _quickest(found, name) for name in _SIMPLEST_FIRST if any(c.schedule == name for c in found)}
+    chosen = next(iter(best.values()))
+    for choice in best.values():
+        needed = 1.0 - _LEAST_GAIN if choice.uses_disk else 1.0
+        if _seconds(choice) < needed * _seconds(chosen):
+            chosen = choice
+    others = sorted((c for c in best.values() if c is not chosen), key=_seconds)
+    return replace(chosen, alternatives=tuple((c.schedule, c.prediction) for c in others))
+
+
+def _check(problem: Problem, costs: Costs) -> None:
+    if problem.steps is not None and problem.steps < 1:
+        raise UsageError(f"a plan for {problem.steps} steps was asked for; there must be at least one")
+    if problem.memory_nbytes < problem.state_nbytes:
+        raise BudgetError(
+            f"a memory budget of {problem.memory_nbytes} bytes was asked for, but one state takes "
+            f"{problem.state_nbytes} bytes, which is the least that would do; raise the budget to at least that"
+        )
+    if problem.steps is None and not problem.has_disk:
+        raise UsageError(
+            "a plan for an unknown number of steps was asked for without storage; "
+            "say how many steps there will be, or allow storage"
+        )
+    times = [costs.forward, costs.reverse, costs.record or 0.0, costs.pull_back or 0.0]
+    times += [costs.write_latency, costs.read_latency]
+    if not all(isfinite(t) and t >= 0.0 for t in times):
+        raise UsageError(f"times must be finite and not negative, but the costs are {costs}")
+    if problem.has_disk and not min(costs.write_bytes_per_second, costs.read_bytes_per_second) > 0.0:
+        raise UsageError(f"storage must move more than 0 bytes per second, but the costs are {costs}")
+
+
+def _seconds(choice: Choice) -> float:
+    return choice.prediction.time_seconds
+
+
+def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
+    """The shortest of a schedule; among the equally short, the first found that is `_kindest`."""
+    of_schedule = [choice for choice in choices if choice.schedule == schedule]
+    limit = min(map(_seconds, of_schedule)) * _SAME_TIME
+    return min((choice for choice in of_schedule if _seconds(choice) <= limit), key=_kindest)
+
+
+def _kindest(choice: Choice) -> int:
+    """Without storage, the one that touches least memory; with it, one with room for noise and for insurance."""
+    if not choice.uses_disk:
+        return choice.prediction.peak_memory_bytes
+    return 2 * (choice.schedule == "residuals" and choice.blocks < 3) + (choice.slots < 2)
+
+
+# Windows that can matter ------------------------------------------------------------------------
+
+
+def _footprint(problem: Problem, costs: Costs, window: int) -> Footprint | None:
+    """All memory to slots, beside what taping one window takes; None if no slot is left."""
+    blocks = 1 if window > 1 and can_record(problem, costs) else 0
+    tape = Footprint(window, 0, blocks).nbytes(problem)
+    slots = (problem.memory_nbytes - tape) // max(1, problem.state_nbytes)
+    if slots < 1:
+        return None
+    return Footprint(window, min(slots, -(-horizon(problem) // window)), blocks)
+
+
+def _longest_window(problem: Problem, costs: Costs) -> int:
+    steps, room = horizon(problem), problem.memory_nbytes - problem.state_nbytes
+    if can_record(problem, costs):
+        step = problem.residual_nbytes or 0
+        return max(1, steps if step == 0 else min(steps, room // step))
+    longest = max(1, min(steps, problem.max_window))
+    return longest if problem.tape_nbytes == 0 else min(longest, 1 + room // problem.tape_nbytes)
+
+
+def _footprints(problem: Problem, costs: Costs) -> list[Footprint]:
+    """One for each window length that may be the best for Revolve or between stored snapshots."""
+    longest = _longest_window(problem, costs)
+    windows = {longest, *_grid(longest)}
+    windows.update(_revolve_windows(problem, costs, longest))
+    if problem.has_disk:
+        steps = costs.write_seconds(problem.state_nbytes) / max(costs.forward, 1e-12)
+        windows.update(ceil(min(steps, longest) / parts) for parts in range(1, 9))
+    found = (_footprint(problem, costs, window) for window in sorted(windows) if 1 <= window <= longest)
+    return [footprint for footprint in found if footprint is not None]
+
+
+def _grid(limit: int) -> Iterator[int]:
+    """1 … limit: every number at first, then steps of a sixteenth."""
+    value = 1
+    while value <= limit:
+        yield value
+        value += max(1, value // 16)
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [1 << exponent for exponent in range(limit.bit_length())]
+
+
+def _revolve_windows(problem: Problem, costs: Costs, longest: int) -> Iterator[int]:
+    """For each ρ, the h of the cheapest Revolve that repeats ρ times.
+
+    h·β(s(h), ρ), the steps within reach, grows up to h ≈ memory / ((ρ+1)·tape) and then
+    falls.  Below that, the smallest h that reaches N is sought.  The cost,
+    ρ·N - h·β(s(h)+1, ρ-1), is least at the same peak for ρ-1.
+    """
+    tape = (problem.residual_nbytes or 0) if can_record(problem, costs) else problem.tape_nbytes
+    for repeats in range(_MOST_REPEATS + 1):
+        peak = longest if tape == 0 else min(longest, max(1, problem.memory_nbytes // (tape * (repeats + 1))))
+        yield from (peak - 1, peak, peak + 1)
+        fitting = _first_true(peak, partial(_reaches, problem, costs, repeats))
+        if fitting is not None:
+            yield from (fitting, fitting + 1)
+
+
+def _reaches(problem: Problem, costs: Costs, repeats: int, window: int) -> bool:
+    footprint = _footprint(problem, costs, window)
+    return footprint is not None and repetitions(-(-horizon(problem) // window), footprint.slots) <= repeats
+
+
+def _first_true(limit: int, holds: Callable[[int], bool]) -> int | None:
+    """The first of 1 … limit for which `holds`, which from there on does; None if it never does."""
+    if not holds(limit):
+        return None
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+# Memory alone -----------------------------------------------------------------------------------
+
+
+def _within_memory(problem: Problem, costs: Costs) -> Iterator[Choice]:
+    if problem.steps is None:
+        return
+    recorded = _all_recorded(problem, costs)
+    if recorded is not None:
+        yield recorded
+    for footprint in _footprints(problem, costs):
+        everything = footprint.slots * footprint.window >= problem.steps
+        yield _choice(
+            "store_all" if everything else "revolve",
+            footprint,
+            predict_revolve(problem, costs, footprint),
+            spacing=float(footprint.window if everything else problem.steps),
+            tail=problem.steps,
+        )
+
+
+def _all_recorded(problem: Problem, costs: Costs) -> Choice | None:
+    """Every window's residuals in memory, in blocks as large as fit well."""
+    if problem.steps is None or not can_record(problem, costs):
+        return None
+    step = max(1, problem.residual_nbytes or 0)
+    for window in reversed(_powers_of_two(min(problem.steps, max(1, LARGEST_BLOCK // step)))):
+        footprint = Footprint(window, 1, -(-problem.steps // window))
+        if footprint.nbytes(problem) <= problem.memory_nbytes:
+            prediction = predict_recorded(problem, costs, footprint)
+            spacing = float(problem.steps)
+            return _choice("store_all", footprint, prediction, spacing=spacing, fraction=1.0)
+    return None
+
+
+# Snapshots on storage ---------------------------------------------------------------------------
+
+
+def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
+    if not problem.has_disk:
+        return
+    greedy = [_spaced_choice(problem, costs, footprint, None) for footprint in _footprints(problem, costs)]
+    yield from (choice for choice in greedy if _fits_disk(problem, choice))
+    promising = sorted(greedy, key=_seconds)[:3]
+    if all(choice.window > 1 for choice in promising):
+        promising += [choice for choice in greedy if choice.window == 1]
+    for choice in promising:
+        for fixed in _fixed_spacings(problem, costs, choice):
+            stalled = _spaced_choice(problem, costs, choice.footprint, fixed)
+            if _fits_disk(problem, stalled):
+                yield stalled
+
+
+def _spaced_choice(problem: Problem, costs: Costs, footprint: Footprint, fixed: int | None) -> Choice:
+    job = pace(problem, costs, footprint)
+    interior = spaced(job, footprint.slots, fixed=fixed)
+    tail = 1 if problem.steps is None else best_tail(job, footprint.slots, interior)
+    return _choice(
+        "asynchronous",
+        footprint,
+        predict_asynchronous(problem, costs, footprint, fixed=fixed, tail=tail),
+        spacing=interior.spacing * footprint.window,
+        tail=0 if problem.steps is None else min(problem.steps, tail * footprint.window),
+        stall_spacing=None if fixed is None else fixed * footprint.window,
+    )
+
+
+def _fits_disk(problem: Problem, choice: Choice) -> bool:
+    """Where N is unknown no plan can promise it; a full storage then merges intervals."""
+    limit = problem.disk_nbytes
+    return problem.steps is None or limit is None or choice.prediction.peak_disk_bytes <= limit
+
+
+def _fixed_spacings(problem: Problem, costs: Costs, greedy: Choice) -> list[int]:
+    """Spacings in windows worth waiting for: those below the greedy one, and the closest that a limited storage holds.
+
+    The re-advances of an interval rise with a slope that steps up at β(s, ρ) and
+    β(s-1, ρ), while the stall falls smoothly, so the best spacing is near one of these.
+    """
+    mean, windows = greedy.spacing / greedy.window, -(-horizon(problem) // greedy.window)
+    below = ceil(mean) - 1
+    spacings = {below, *_grid(below)}
+    for repeats in range(1, _MOST_REPEATS):
+        if repetitions(below, greedy.slots) >= repeats:
+            reach = capacity(greedy.slots, repeats)
+            spacings.update((reach, max(1, capacity(greedy.slots - 1, repeats))))
+    fixed = {spacing for spacing in spacings if 1 <= spacing < mean}
+    if problem.disk_nbytes is not None and problem.disk_nbytes >= problem.state_nbytes > 0:
+        fixed.add(max(ceil(mean), -(-windows // (problem.disk_nbytes // problem.state_nbytes))))
+    return sorted(fixed)
+
+
+# Residuals on storage ---------------------------------------------------------------------------
+
+
+def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
+    if not problem.has_disk or not can_record(problem, costs):
+        return
+    for window in _block_windows(problem, costs):
+        for footprint in _block_footprints(problem, window):
+            for run in _RUNS:
+                yield from _recorded_choices(Recording(problem, costs, footprint, run))
+
+
+def _block_windows(problem: Problem, costs: Costs) -> list[int]:
+    """Blocks as small as keeps latency below a twentieth of the transfer, then smaller ones for tight budgets."""
+    step = max(1, problem.residual_nbytes or 0)
+    room = (problem.memory_nbytes - problem.state_nbytes) // 2
+    largest = max(1, min(LARGEST_BLOCK, room) // step)
+    latencies = (
+        (costs.write_latency, costs.write_bytes_per_second),
+        (costs.read_latency, costs.read_bytes_per_second),
+    )
+    unimportant = max(latency * speed if latency else 0.0 for latency, speed in latencies) / _LATENCY_SHARE
+    good = ceil(min(float(LARGEST_BLOCK), max(unimportant, float(SMALLEST_GOOD_BLOCK))) / step)
+    longest = min(largest, horizon(problem))
+    good = min(longest, good)
+    return sorted({max(1, good // parts) for parts in (1, 2, 4, 8)}, reverse=True)
+
+
+def _block_footprints(problem: Problem, window: int) -> Iterator[Footprint]:
+    """A few slots for the plain runs, the rest to blocks: all that fit, or enough of them."""
+    block = max(1, window * (problem.residual_nbytes or 0))
+    most = -(-horizon(problem) // window)
+    for slots in _SLOTS_BESIDE_BLOCKS:
+        blocks = min(most, (problem.memory_nbytes - slots * problem.state_nbytes) // block)
+        if blocks < 2:
+            return
+        for taken in sorted({min(blocks, ENOUGH_BLOCKS), blocks}):
+            yield Footprint(window, slots, taken)
+
+
+def _recorded_choices(recording: Recording) -> Iterator[Choice]:
+    """The fractions between which time is linear: all that can be written, and all that can also be read in time.
+
+    Spread evenly, fractions in [1/(k+1), 1/k) leave plain runs of k windows, which start
+    from one snapshot each (k = 1 from a half on).
+    """
+    run, footprint = recording.run, recording.footprint
+    forward, disk = recording.forward(), recording.disk()
+    most = min(forward.largest_fraction(), disk.largest_fraction(), 1.0 / run)
+    for fraction in sorted({most, min(most, recording.reverse().largest_fraction())}):
+        fits = forward.spare(fraction) >= -_ROUNDING_SECONDS and disk.spare(fraction) >= -1.0
+        enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
+        if fits and enough and fraction >= 1.0 / (run + 1):
+            yield _choice(
+                "residuals",
+                footprint,
+                predict_residuals(recording, fraction),
+                spacing=float(run * footprint.window),
+                fraction=fraction,
+            )
+
+
+def _choice(
+    schedule: Schedule,
+    footprint: Footprint,
+    prediction: Prediction,
+    *,
+    spacing: float,
+    tail: int = 0,
+    fraction: float = 0.0,
+    stall_spacing: int | None = None,
+) -> Choice:
+    return Choice(
+        schedule=schedule,
+        window=footprint.window,
+        spacing=spacing,
+        slots=footprint.slots,
+        blocks=footprint.blocks,
+        record_fraction=fraction,
+        tail=tail,
+        stall_spacing=stall_spacing,
+        prediction=prediction,
+    )

@@ -1,0 +1,81 @@
+"""What a plan is made from: the times of one job on one machine, and what is asked of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Measured or stated times.  Seconds, bytes, bytes per second.
+
+    Symbols of the theory: t_f is `forward`, t_b is `reverse` (which includes
+    running the step again while taping), t_w and t_r come from `write_seconds` and
+    `read_seconds`.
+    """
+
+    forward: float
+    """One plain step."""
+
+    reverse: float
+    """The adjoint of one step, the taped re-run included (t_b)."""
+
+    record: float | None = None
+    """One step run while its residuals are kept; None: the job cannot record."""
+
+    pull_back: float | None = None
+    """The adjoint of one step from its residuals; None: the job cannot record."""
+
+    write_bytes_per_second: float = inf
+    read_bytes_per_second: float = inf
+    write_latency: float = 0.0
+    read_latency: float = 0.0
+
+    def write_seconds(self, nbytes: int) -> float:
+        """Time to store one item of `nbytes`."""
+        return self.write_latency + nbytes / self.write_bytes_per_second
+
+    def read_seconds(self, nbytes: int) -> float:
+        """Time to fetch one item of `nbytes`."""
+        return self.read_latency + nbytes / self.read_bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is asked: how long, how large, within what."""
+
+    steps: int | None
+    """None: not known in advance."""
+
+    state_nbytes: int
+    memory_nbytes: int
+    """Most bytes held for snapshots, residuals and staging together."""
+
+    has_disk: bool = False
+    disk_nbytes: int | None = None
+    """Most bytes on storage; None: no stated limit."""
+
+    residual_nbytes: int | None = None
+    """Residuals of one step; None: they cannot be laid out as bytes (no `record`)."""
+
+    tape_nbytes: int = 0
+    """For jobs that cannot record but can reverse several steps in one go: memory one further taped step takes."""
+
+    max_window: int = 1
+    """Most steps one reverse call may take."""
+
+
+@dataclass(slots=True)
+class RunningMean:
+    """Exponentially weighted mean that follows changes but starts as a plain mean."""
+
+    value: float = 0.0
+    count: int = 0
+    memory: int = field(default=16)
+
+    def add(self, sample: float) -> None:
+        """Take one more sample."""
+        self.count += 1
+        weight = 1.0 / min(self.count, self.memory)
+        self.value += weight * (sample - self.value)

@@ -1,0 +1,467 @@
+"""What a schedule will take, in closed form: seconds, bytes and steps, before anything runs.
+
+This file owns the predictor.  It searches nothing (`choose` does) and runs no plan
+(`simulate` does).
+
+Everything is counted in *windows* of h steps whose adjoint is taken in one go; the
+theory's single step is the case h = 1.  With n = ⌈N/h⌉ windows of mean length N/n, the
+symbols are t_F = `Pace.advance`, t_B = `Pace.adjoint`, t_W and t_R = `Pace.write` and
+`Pace.read` (of one state), s = `Footprint.slots`, I = spacing in windows, M = tail in
+windows, and φ = the fraction of windows recorded.
+
+Source: the binomial formulas are Griewank and Walther's, ACM TOMS 26 (2000); storing
+at a mean spacing while computing follows the idea of Kukreja, Hückelheim and Gorman
+(2018).  The rules predicted here are those of `longtape.plan.asynchronous`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor
+
+from longtape.plan.binomial import advances, capacity, repetitions, split
+from longtape.plan.costs import Costs, Problem
+
+HORIZON = 10_000
+"""Steps for which a job of unknown length is predicted."""
+
+_SAFETY_WINDOWS = 32
+_TINIEST_STEP = 1e-12
+_ROUNDING = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """How the memory budget is shared out."""
+
+    window: int = 1
+    """Steps whose adjoint is taken in one go (h)."""
+
+    slots: int = 1
+    """Snapshots in memory, staging and prefetch included (s)."""
+
+    blocks: int = 0
+    """Blocks that each hold the residuals of a window; 0: the job is reversed by re-taping."""
+
+    def nbytes(self, problem: Problem) -> int:
+        """Bytes of the budget: s·state + blocks·h·residuals, or + (h-1)·tape where there are no blocks.
+
+        The tape of a single step is the step's own working set and is not counted.
+        """
+        if self.blocks:
+            tapes = self.blocks * self.window * (problem.residual_nbytes or 0)
+        else:
+            tapes = (self.window - 1) * problem.tape_nbytes
+        return self.slots * problem.state_nbytes + tapes
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a run is expected to take."""
+
+    time_seconds: float
+    ideal_seconds: float
+    """The same job with unlimited memory: N·(record + pull_back), or N·(forward + reverse) if it cannot record."""
+    peak_memory_bytes: int
+    """Most of the budget in use; working states and one step's tape come on top."""
+    peak_disk_bytes: int
+    advances: int
+    """Plain steps, those of the forward sweep included; recorded steps are not plain."""
+    writes: int
+    """Items written: snapshots and residual blocks."""
+    reads: int
+    bytes_written: int
+    bytes_read: int
+    stall_seconds: float
+    """Compute waiting for storage; part of `time_seconds`."""
+
+    @property
+    def overhead(self) -> float:
+        """`time_seconds` / `ideal_seconds`."""
+        return self.time_seconds / self.ideal_seconds if self.ideal_seconds > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A job counted in windows.  Seconds per window or per transfer of one state."""
+
+    windows: int
+    steps: float
+    """Mean steps of a window."""
+    advance: float
+    adjoint: float
+    """From the window's first state: re-taped, or recorded again into a block and pulled back."""
+    write: float
+    read: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spaced:
+    """The cost of storing at a mean spacing, per window: what it adds in each sweep."""
+
+    spacing: float
+    """Windows (I)."""
+    forward_stall: float
+    """Seconds."""
+    advances: float
+    """Windows advanced again in the reverse sweep (a/I)."""
+    reverse_stall: float
+    """Seconds."""
+
+
+def horizon(problem: Problem) -> int:
+    """N, or the length an unknown one is predicted for."""
+    return HORIZON if problem.steps is None else problem.steps
+
+
+def can_record(problem: Problem, costs: Costs) -> bool:
+    """Whether residuals can be laid out as bytes, and it is known what that takes."""
+    return problem.residual_nbytes is not None and costs.record is not None and costs.pull_back is not None
+
+
+def recorded_seconds(costs: Costs) -> float:
+    """One step recorded and pulled back: `record` + `pull_back`, or `forward` + `reverse` if it cannot be."""
+    if costs.record is None or costs.pull_back is None:
+        return costs.forward + costs.reverse
+    return costs.record + costs.pull_back
+
+
+def pace(problem: Problem, costs: Costs, footprint: Footprint) -> Pace:
+    """The job in windows: n = ⌈N/h⌉ of mean length N/n.
+
+    t_F = h·t_f.  t_B = h·t_b where a window is re-taped; h·(record + pull_back) where
+    there are blocks to record it into.
+    """
+    windows = -(-horizon(problem) // footprint.window)
+    steps = horizon(problem) / windows
+    return Pace(
+        windows=windows,
+        steps=steps,
+        advance=steps * max(costs.forward, _TINIEST_STEP),
+        adjoint=steps * (recorded_seconds(costs) if footprint.blocks else costs.reverse),
+        write=costs.write_seconds(problem.state_nbytes),
+        read=costs.read_seconds(problem.state_nbytes),
+    )
+
+
+# Memory alone -----------------------------------------------------------------------------------
+
+
+def predict_recorded(problem: Problem, costs: Costs, footprint: Footprint) -> Prediction:
+    """Every window recorded, its block kept in memory: T = N·(record + pull_back)."""
+    return _prediction(problem, costs, footprint, seconds=horizon(problem) * recorded_seconds(costs), advanced=0.0)
+
+
+def predict_revolve(problem: Problem, costs: Costs, footprint: Footprint, *, final_state: bool = True) -> Prediction:
+    """Revolve on n windows with s slots: T = t(n, s)·t_F + n·t_B; s ≥ n recomputes nothing.
+
+    Args:
+        problem: The job.
+        costs: Its times.
+        footprint: Window and slots.
+        final_state: The forward sweep has to reach state N before the adjoint begins,
+            which adds ρ(n+1, s) windows: the chain is one longer, less its last adjoint.
+    """
+    job = pace(problem, costs, footprint)
+    advanced = advances(job.windows, footprint.slots) + _final_windows(job.windows, footprint.slots, final_state)
+    seconds = advanced * job.advance + job.windows * job.adjoint
+    return _prediction(problem, costs, footprint, seconds=seconds, advanced=advanced * job.steps)
+
+
+def _final_windows(windows: int, slots: int, final_state: bool) -> int:
+    return repetitions(windows + 1, slots) if final_state else 0
+
+
+# Snapshots on storage ---------------------------------------------------------------------------
+
+
+def interval_advances(length: int, slots: int, *, read: float, adjoint: float) -> int:
+    """a(l): advances that reverse an interval while the restart point below it is read just in time.
+
+    Revolve on `slots` slots, of which one is given up when the read has to begin: as
+    late as the rest of the interval still hides it.
+
+    Args:
+        length: l, windows from one restart point to the next.
+        slots: c ≥ 1, the slot of the interval's first state included.
+        read: t_R/t_F, time of the read to hide.
+        adjoint: t_B/t_F.
+    """
+    done = 0
+    while length > 1:
+        if slots == 1 or advances(length, slots) == advances(length, slots - 1):
+            return done + advances(length, slots)
+        cut = split(length, slots)
+        lower = advances(cut, slots - 1) + cut * adjoint
+        if lower + adjoint < read:
+            later = _latest_cut(length, slots, cut, read - adjoint, adjoint)
+            if later is None:
+                return done + advances(length, slots - 1)
+            cut = later
+            lower = advances(cut, slots - 1) + cut * adjoint
+        done += cut + advances(length - cut, slots - 1)
+        if lower < read:
+            return done + advances(cut, slots - 1)
+        length = cut
+    return done
+
+
+def _latest_cut(length: int, slots: int, lowest: int, needed: float, adjoint: float) -> int | None:
+    """Smallest split whose lower part takes `needed`; None where it costs more than a slot less throughout."""
+    low, high = lowest, length
+    while low < high:
+        middle = (low + high) // 2
+        if advances(middle, slots - 1) + middle * adjoint >= needed:
+            high = middle
+        else:
+            low = middle + 1
+    if low >= length:
+        return None
+    moved = low + advances(length - low, slots - 1) + advances(low, slots - 1)
+    return low if moved <= advances(length, slots - 1) else None
+
+
+def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
+    """Storing at a mean spacing of I windows.
+
+    I = max(1, t_W/t_F), or `fixed`, in which case the forward sweep waits where storage
+    does not keep up: t_W/I - t_F a window.  In reverse an interval of l windows costs
+    a(l) advances, and stalls max(0, t_R - a(l)·t_F - l·t_B); with one slot nothing
+    overlaps and it stalls t_R.  A spacing between integers is a mixture of the two.
+    """
+    ratio = job.write / job.advance
+    spacing = float(min(max(1.0, ratio) if fixed is None else fixed, job.windows))
+    below, above = floor(spacing + _ROUNDING), ceil(spacing - _ROUNDING)
+    share_below = 1.0 if below == above else above - spacing
+    advanced = stalled = 0.0
+    for length, share in ((below, share_below), (above, 1.0 - share_below)):
+        if share <= 0.0:
+            continue
+        again = interval_advances(length, slots, read=job.read / job.advance, adjoint=job.adjoint / job.advance)
+        hidden = again * job.advance + length * job.adjoint if slots > 1 else 0.0
+        advanced += share * again
+        stalled += share * max(0.0, job.read - hidden)
+    forward = 0.0 if fixed is None else max(0.0, job.write / spacing - job.advance)
+    return Spaced(spacing, forward, advanced / spacing, stalled / spacing)
+
+
+def best_tail(job: Pace, slots: int, interior: Spaced) -> int:
+    """M = min(n, β(s-1, ⌊1+p⌋)) windows: as long as Revolve repeats no step more often than the interior does.
+
+    p is what the interior adds to one plain pass, in units of t_F: re-advances and stalls.
+    """
+    if slots < 2:
+        return 1
+    added = interior.advances + (interior.forward_stall + interior.reverse_stall) / job.advance
+    repeats = floor(1.0 + added + _ROUNDING)
+    if repetitions(job.windows, slots - 1) <= repeats:
+        return job.windows
+    return capacity(slots - 1, repeats)
+
+
+def predict_asynchronous(
+    problem: Problem,
+    costs: Costs,
+    footprint: Footprint,
+    *,
+    fixed: int | None = None,
+    tail: int | None = None,
+    final_state: bool = True,
+) -> Prediction:
+    """Snapshots to storage as often as it takes them, Revolve in between.
+
+    T = (n-M)·(1+p)·t_F + t(M, s-1)·t_F + n·t_B, with p as in `best_tail`, and with
+    `final_state` ρ(M+1, s-1) windows more.  On storage lie at most ⌈(n-M)/I⌉ states.
+
+    Args:
+        problem: The job.
+        costs: Its times.
+        footprint: Window and slots.
+        fixed: Spacing in windows kept even where storage makes it wait; None: as storage allows.
+        tail: M in windows, at least 1; None: the best where N is known, else 1.
+        final_state: The forward sweep has to reach state N before the adjoint begins.
+    """
+    job = pace(problem, costs, footprint)
+    interior = spaced(job, footprint.slots, fixed=fixed)
+    if tail is None:
+        tail = 1 if problem.steps is None else best_tail(job, footprint.slots, interior)
+    greedy = job.windows - tail
+    memory_slots = max(1, footprint.slots - 1)
+    advanced = greedy * (1.0 + interior.advances) + advances(tail, memory_slots)
+    advanced += _final_windows(tail, memory_slots, final_state)
+    stalled = greedy * (interior.forward_stall + interior.reverse_stall)
+    writes = ceil(greedy / interior.spacing - _ROUNDING)
+    # The last interval starts from memory; where intervals leave slots over, some more do.
+    spared = 1 if tail > 1 else 1 + floor((footprint.slots - 1) / max(1.0, interior.spacing))
+    return _prediction(
+        problem,
+        costs,
+        footprint,
+        seconds=advanced * job.advance + job.windows * job.adjoint + stalled,
+        advanced=advanced * job.steps,
+        stalled=stalled,
+        snapshots_written=writes,
+        snapshots_read=max(0, writes - spared),
+    )
+
+
+# Residuals on storage ---------------------------------------------------------------------------
+
+
+def safety_windows(problem: Problem, window: int) -> int:
+    """Windows between snapshots that insure recorded windows against lost blocks.
+
+    Never closer than 32, nor so close that snapshots are more than 1/32 of the bytes.
+    """
+    block = max(1, window * (problem.residual_nbytes or 0))
+    return max(_SAFETY_WINDOWS, ceil(_SAFETY_WINDOWS * problem.state_nbytes / block))
+
+
+@dataclass(frozen=True, slots=True)
+class Loads:
+    """What a sweep's storage traffic needs against what it has, if no window is recorded, and if every one is.
+
+    Linear in between.  Seconds (or bytes) to spare; negative: missing.
+    """
+
+    none: float
+    all: float
+
+    def spare(self, fraction: float) -> float:
+        """To spare with a fraction φ recorded: (1-φ)·none + φ·all."""
+        return (1.0 - fraction) * self.none + fraction * self.all
+
+    def largest_fraction(self) -> float:
+        """The largest φ that leaves nothing missing; 0 where there is none."""
+        if self.all >= 0.0:
+            return 1.0
+        return 0.0 if self.none <= 0.0 else self.none / (self.none - self.all)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """Recording a fraction of the windows, the rest in runs that each start from a snapshot."""
+
+    problem: Problem
+    costs: Costs
+    footprint: Footprint
+    run: int = 1
+    """Plain windows from one snapshot to the next."""
+
+    @property
+    def job(self) -> Pace:
+        """The job in windows."""
+        return pace(self.problem, self.costs, self.footprint)
+
+    @property
+    def block_nbytes(self) -> int:
+        """Bytes of the residuals of a full window."""
+        return self.footprint.window * (self.problem.residual_nbytes or 0)
+
+    @property
+    def depth(self) -> int:
+        """Recorded windows that need not have been written, or be read: all blocks but the two in use.
+
+        It only helps where the end is known; else 0.
+        """
+        return 0 if self.problem.steps is None else max(0, self.footprint.blocks - 2)
+
+    @property
+    def again(self) -> float:
+        """Windows advanced again per plain window: t(k, s-1)/k in a run of k; one slot takes the prefetch."""
+        return advances(self.run, max(1, self.footprint.slots - 1)) / self.run
+
+    def snapshots(self) -> Loads:
+        """Snapshots written per window, recorded or not."""
+        return Loads(1.0 / self.run, 1.0 / safety_windows(self.problem, self.footprint.window))
+
+    def forward(self) -> Loads:
+        """Time to spare for the writes: n·(t_F or h·record) - writes.
+
+        Where every window is recorded the last ones may still wait to be written:
+        depth·t_w(block) more.  Otherwise no queue may build up before the snapshots.
+        """
+        job, block, snapshots = self.job, self.costs.write_seconds(self.block_nbytes), self.snapshots()
+        none = job.windows * (job.advance - snapshots.none * job.write)
+        record = job.steps * (self.costs.record or 0.0)
+        every = job.windows * (record - block - snapshots.all * job.write)
+        return Loads(none, 0.0 if -self.depth * block <= every <= 0.0 else every)
+
+    def reverse(self) -> Loads:
+        """Time to spare for the reads: n·(t_B + again·t_F, or h·pull_back) + depth·t_r(block) - reads."""
+        job, block = self.job, self.costs.read_seconds(self.block_nbytes)
+        kept = self.depth * block
+        pull_back = job.steps * (self.costs.pull_back or 0.0)
+        return Loads(
+            none=kept + job.windows * (job.adjoint + self.again * job.advance - job.read / self.run),
+            all=kept + job.windows * (pull_back - block),
+        )
+
+    def disk(self) -> Loads:
+        """Bytes to spare on storage; without a stated limit, plenty."""
+        limit = self.problem.disk_nbytes
+        if limit is None:
+            return Loads(0.0, 0.0)
+        windows, state, snapshots = self.job.windows, self.problem.state_nbytes, self.snapshots()
+        return Loads(
+            none=limit - windows * snapshots.none * state,
+            all=limit - windows * (self.block_nbytes + snapshots.all * state),
+        )
+
+
+def predict_residuals(recording: Recording, fraction: float) -> Prediction:
+    """A fraction φ of the windows recorded, their residuals on storage; the rest recomputed.
+
+    A recorded window costs h·record + h·pull_back; a plain one t_F + t_B, and its share
+    of t(k, s-1) re-advances in a run of k.  The forward sweep never waits (what storage
+    cannot carry is not recorded: keep φ ≤ `Recording.forward`'s largest); the reverse
+    sweep stalls for the reads that its own time, and the blocks still in memory, do not
+    cover.
+    """
+    job, costs = recording.job, recording.costs
+    recorded, plain = fraction * job.windows, (1.0 - fraction) * job.windows
+    stalled = max(0.0, -recording.reverse().spare(fraction))
+    advanced = plain * (1.0 + recording.again)
+    seconds = recorded * job.steps * recorded_seconds(costs) + advanced * job.advance + plain * job.adjoint + stalled
+    runs = plain / recording.run
+    return _prediction(
+        recording.problem,
+        costs,
+        recording.footprint,
+        seconds=seconds,
+        advanced=advanced * job.steps,
+        stalled=stalled,
+        snapshots_written=ceil(job.windows * recording.snapshots().spare(fraction) - _ROUNDING),
+        snapshots_read=ceil(runs - _ROUNDING),
+        blocks_written=ceil(recorded - _ROUNDING),
+        blocks_read=max(0, ceil(recorded - _ROUNDING) - recording.depth),
+    )
+
+
+def _prediction(
+    problem: Problem,
+    costs: Costs,
+    footprint: Footprint,
+    *,
+    seconds: float,
+    advanced: float,
+    stalled: float = 0.0,
+    snapshots_written: int = 0,
+    snapshots_read: int = 0,
+    blocks_written: int = 0,
+    blocks_read: int = 0,
+) -> Prediction:
+    state, block = problem.state_nbytes, footprint.window * (problem.residual_nbytes or 0)
+    written = snapshots_written * state + blocks_written * block
+    return Prediction(
+        time_seconds=seconds,
+        ideal_seconds=horizon(problem) * recorded_seconds(costs),
+        peak_memory_bytes=footprint.nbytes(problem),
+        peak_disk_bytes=written,
+        advances=round(advanced),
+        writes=snapshots_written + blocks_written,
+        reads=snapshots_read + blocks_read,
+        bytes_written=written,
+        bytes_read=snapshots_read * state + blocks_read * block,
+        stall_seconds=stalled,
+    )

@@ -1,0 +1,272 @@
+"""The event model: runs a plan against a clock of its own and says what it would take.
+
+Owns a simulated machine with one computing thread, one writer and one reader.  It is
+also the first judge of a plan: every state carries its number, and an action that
+uses the wrong one raises `PlanError`.
+
+Source of the model: durations are constant, or drawn by the functions given; writes
+and reads are served first come, first served, each kind one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from math import inf
+
+from longtape.actions import (
+    Action,
+    Advance,
+    Await,
+    Discard,
+    Free,
+    Key,
+    Kind,
+    PullBack,
+    Read,
+    Record,
+    Restore,
+    Reverse,
+    Store,
+    Turn,
+    Write,
+)
+from longtape.errors import PlanError
+from longtape.plan.asynchronous import AsynchronousPlan, Layout, Rules
+from longtape.plan.stock import Stock
+
+Duration = Callable[[Key], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a simulated run took.  Times in the unit of the durations given."""
+
+    seconds: float
+    advances: int
+    """Plain steps, the first sweep included."""
+    recorded: int
+    """Steps run while their residuals were kept."""
+    writes: int
+    reads: int
+    stall_seconds: float
+    forward_stall_seconds: float
+    peak_slots: int
+    peak_blocks: int
+    peak_stored: int
+
+
+@dataclass(slots=True)
+class _Channel:
+    """One writer or reader: the transfer in progress and those that wait."""
+
+    duration: Duration
+    current: Key | None = None
+    ends: float = inf
+    began: float = 0.0
+    queue: list[Key] = field(default_factory=list)
+
+    def start_next(self, now: float) -> None:
+        if self.current is None and self.queue:
+            self.current = self.queue.pop(0)
+            self.began, self.ends = now, now + self.duration(self.current)
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Durations of the simulated machine, per step and per item."""
+
+    forward: float
+    reverse: float
+    write: Duration
+    read: Duration
+    record: float | None = None
+    pull_back: float | None = None
+
+
+class _Machine:
+    def __init__(self, stock: Stock, speeds: Speeds, steps: int) -> None:
+        self.stock, self.speeds, self.steps = stock, speeds, steps
+        self.now = 0.0
+        self.writer, self.reader = _Channel(speeds.write), _Channel(speeds.read)
+        self.work: int | None = 0
+        self.adjoint = steps
+        self.turned = False
+        self.advances = self.recorded = self.writes = self.reads = self.peak_stored = 0
+        self.stalls = self.forward_stalls = 0.0
+
+    def pass_time(self, until: float) -> None:
+        """Let transfers that end by `until` end, then make it that time."""
+        while True:
+            channel = min(self.writer, self.reader, key=lambda c: c.ends)
+            if channel.ends > until + 1e-12:
+                break
+            self._complete(channel)
+        self.now = until
+        self.writer.start_next(until)
+        self.reader.start_next(until)
+
+    def _complete(self, channel: _Channel) -> None:
+        key, ended = channel.current, channel.ends
+        assert key is not None
+        self.now = ended
+        channel.current, channel.ends = None, inf
+        if channel is self.writer:
+            self.writes += 1
+            self.stock.end_write(key, ok=True, seconds=ended - channel.began)
+            self.peak_stored = max(self.peak_stored, len(self.stock.snapshots.stored))
+        else:
+            self.reads += 1
+            self.stock.end_read(key, ok=True, seconds=ended - channel.began)
+        self.writer.start_next(ended)
+        self.reader.start_next(ended)
+
+    def run_steps(self, start: int, stop: int, seconds: float) -> None:
+        if self.work != start:
+            raise PlanError(f"steps [{start}, {stop}) asked for while the working state is {self.work}")
+        for _ in range(start, stop):
+            self.pass_time(self.now + seconds)
+        self.work = stop
+
+    def advance(self, action: Advance) -> None:
+        if self.stock.steps is None and action.stop >= self.steps:
+            self.stock.steps = self.steps
+        stop = min(action.stop, self.steps)
+        self.run_steps(action.start, stop, self.speeds.forward)
+        self.advances += stop - action.start
+
+    def record(self, action: Record) -> None:
+        seconds = self.speeds.record if self.speeds.record is not None else self.speeds.forward
+        if self.stock.steps is None and action.stop >= self.steps:
+            self.stock.steps = self.steps
+        stop = min(action.stop, self.steps)
+        self.stock.put(Key(Kind.RESIDUALS, action.start))
+        self.run_steps(action.start, stop, seconds)
+        self.recorded += stop - action.start
+
+    def reverse(self, start: int, stop: int, seconds: float) -> None:
+        if self.adjoint != min(stop, self.steps) or not self.turned:
+            raise PlanError(f"adjoint of [{start}, {stop}) asked for while it stands at {self.adjoint}")
+        self.pass_time(self.now + seconds * (min(stop, self.steps) - start))
+        self.adjoint, self.work = start, None
+
+    def wait(self) -> None:
+        until = min(self.writer.ends, self.reader.ends)
+        if until == inf:
+            raise PlanError("waiting for a transfer while none is in progress")
+        waited = max(0.0, until - self.now)
+        self.stalls += waited
+        self.forward_stalls += 0.0 if self.turned else waited
+        self.pass_time(max(until, self.now))
+
+    def give_up(self, key: Key) -> None:
+        if key.step not in self.stock.shelf(key.kind).memory:
+            return
+        cancelled = key in self.writer.queue
+        if cancelled:
+            self.writer.queue.remove(key)
+        self.stock.free(key, cancelled=cancelled)
+
+    def transfer(self, channel: _Channel, key: Key) -> None:
+        channel.queue.append(key)
+        channel.start_next(self.now)
+
+    def perform(self, action: Action) -> None:  # noqa: C901 - one case an action
+        match action:
+            case Advance():
+                self.advance(action)
+            case Record():
+                self.record(action)
+            case Reverse(start, stop):
+                if self.work != start:
+                    raise PlanError(f"adjoint of [{start}, {stop}) while the working state is {self.work}")
+                self.reverse(start, stop, self.speeds.reverse)
+            case PullBack(start, stop):
+                if not self.stock.residuals.resident(start):
+                    raise PlanError(f"residuals {start} are not in memory")
+                seconds = self.speeds.pull_back
+                self.reverse(start, stop, self.speeds.reverse if seconds is None else seconds)
+            case Store(step):
+                if self.work != step:
+                    raise PlanError(f"snapshot {step} asked for while the working state is {self.work}")
+                self.stock.put(Key(Kind.SNAPSHOT, step))
+            case Restore(step):
+                if step and not self.stock.snapshots.resident(step):
+                    raise PlanError(f"snapshot {step} is not in memory")
+                self.work = step
+            case Write(key):
+                self.stock.begin_write(key)
+                self.transfer(self.writer, key)
+            case Read(key):
+                self.stock.begin_read(key)
+                self.transfer(self.reader, key)
+            case Free(key):
+                self.give_up(key)
+            case Discard(key):
+                self.give_up(key)
+                self.stock.forget(key)
+            case Await():
+                self.wait()
+            case Turn():
+                self.turned = True
+
+
+def simulate(
+    steps: int,
+    slots: int,
+    speeds: Speeds,
+    *,
+    layout: Layout | None = None,
+    rules: Rules | None = None,
+    blocks: int = 0,
+    known: bool = True,
+    observe: Callable[[Action], None] | None = None,
+) -> Outcome:
+    """Run the asynchronous plan in the event model.
+
+    Args:
+        steps: N.
+        slots: Snapshot slots in memory.
+        speeds: Durations.  The plan starts out knowing them.
+        layout: The plan's choices; the default stores as often as the writer can.
+        rules: How the plan treats uncertain costs.
+        blocks: Residual blocks in memory.
+        known: Whether the plan knows N from the start.
+        observe: Called with every action before it is performed.
+
+    Raises:
+        PlanError: The plan did something illegal.
+    """
+    machine: _Machine
+    stock = Stock(slots, blocks, steps=steps if known else None, clock=lambda: machine.now)
+    machine = _Machine(stock, speeds, steps)
+    probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
+    stock.forward.add(speeds.forward)
+    stock.reverse.add(speeds.reverse)
+    stock.write.add(speeds.write(probe))
+    stock.read.add(speeds.read(probe))
+    stock.block_write.add(speeds.write(block))
+    stock.block_read.add(speeds.read(block))
+    for action in _checked(AsynchronousPlan(stock, layout or Layout(), rules), observe):
+        machine.perform(action)
+    if machine.adjoint != 0:
+        raise PlanError(f"the plan ended with the adjoint at step {machine.adjoint}")
+    return Outcome(
+        seconds=machine.now,
+        advances=machine.advances,
+        recorded=machine.recorded,
+        writes=machine.writes,
+        reads=machine.reads,
+        stall_seconds=machine.stalls,
+        forward_stall_seconds=machine.forward_stalls,
+        peak_slots=stock.snapshots.high_water,
+        peak_blocks=stock.residuals.high_water,
+        peak_stored=machine.peak_stored,
+    )
+
+
+def _checked(actions: Iterable[Action], observe: Callable[[Action], None] | None) -> Iterable[Action]:
+    for action in actions:
+        if observe is not None:
+            observe(action)
+        yield action

@@ -1,0 +1,161 @@
+"""The asynchronous plan: exact against the reference, legal under any timing."""
+
+import itertools
+import json
+import random
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longtape.actions import Advance, Kind, Turn
+from longtape.errors import PlanError
+from longtape.plan.asynchronous import EXACT, AsynchronousPlan, Layout, Rules
+from longtape.plan.binomial import advances
+from longtape.plan.simulate import Speeds, simulate
+from longtape.plan.stock import Stock
+from longtape.plan.verify import verify
+
+REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "reference_plans.json").read_text())
+
+
+def constant(seconds):
+    return lambda key: seconds
+
+
+def speeds(b, write, read):
+    return Speeds(1.0, b, constant(write), constant(read))
+
+
+@pytest.mark.parametrize("case", REFERENCE, ids=lambda c: f"N{c['N']}-s{c['s']}-r{c['tw']}-M{c['M']}")
+def test_agrees_with_the_reference_to_the_digit(case):
+    outcome = simulate(
+        case["N"],
+        case["s"],
+        speeds(case["tb"], case["tw"], case["tr"]),
+        layout=Layout(tail=case["M"], final_state=False),
+        rules=EXACT,
+    )
+    assert outcome.seconds == pytest.approx(case["T"], rel=1e-9)
+    assert (outcome.advances, outcome.writes, outcome.reads) == (case["adv"], case["writes"], case["reads"])
+    assert outcome.stall_seconds == pytest.approx(case["stall"], abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 1000])
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 10, 16])
+def test_without_storage_it_is_revolve(steps, slots):
+    if slots == 1 and steps > 100:
+        pytest.skip("quadratic")
+    actions = []
+    outcome = simulate(
+        steps, slots, speeds(2, 1, 1), layout=Layout(tail=steps, final_state=False), observe=actions.append
+    )
+    assert outcome.advances == (advances(steps, slots) if steps > 1 else 0)
+    assert verify(actions, steps, slots=slots).advances == outcome.advances
+
+
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "window": st.sampled_from([1, 1, 2, 3, 8]),
+        "final_state": st.booleans(),
+        "initial_is_free": st.booleans(),
+        "safety": st.sampled_from([1, 4, 32]),
+        "record_fraction": st.sampled_from([0.0, 0.3, 1.0]),
+    }
+)
+RULES = st.sampled_from([EXACT, Rules(), Rules(grain_seconds=3.0), Rules(margin=0.0, elastic=False)])
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    steps=st.integers(1, 240),
+    slots=st.integers(1, 12),
+    blocks=st.integers(0, 4),
+    ratio=st.sampled_from([0.1, 0.5, 1, 1.5, 2.5, 4, 10, 33, 200]),
+    b=st.sampled_from([1, 2, 3.5]),
+    layout=LAYOUTS,
+    rules=RULES,
+    tail=st.integers(0, 240),
+    known=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_is_legal_whatever_the_timing(steps, slots, blocks, ratio, b, layout, rules, tail, known, seed):
+    """Noisy transfers, any mix of storing and recording: the verifier and the event model find no fault."""
+    noise = random.Random(seed)
+
+    def duration(key):
+        return ratio * noise.lognormvariate(0, 1) * (3 if key.kind is Kind.RESIDUALS else 1)
+
+    layout["record_fraction"] *= blocks > 1
+    chosen = Layout(**layout, records=blocks > 0, tail=min(tail, steps) if known else 0)
+    known = known or not chosen.final_state
+    actions = []
+    outcome = simulate(
+        steps,
+        slots,
+        Speeds(1.0, b, duration, duration, 1.0, b / 2),
+        layout=chosen,
+        rules=rules,
+        blocks=blocks,
+        known=known,
+        observe=actions.append,
+    )
+    assert outcome.peak_slots <= slots
+    assert outcome.peak_blocks <= blocks
+    assert outcome.forward_stall_seconds == 0.0, "compute waited in the forward sweep"
+    if known:
+        verdict = verify(actions, steps, slots=slots, blocks=blocks, initial_is_free=chosen.initial_is_free)
+        assert verdict.advances == outcome.advances
+
+
+def test_recording_everything_recomputes_nothing():
+    outcome = simulate(
+        1000,
+        4,
+        Speeds(1.0, 3.0, constant(0.5), constant(0.5), 1.0, 2.0),
+        layout=Layout(window=4, records=True, record_fraction=1.0),
+        blocks=4,
+    )
+    assert (outcome.advances, outcome.recorded) == (0, 1000)
+    assert outcome.seconds == pytest.approx(3000)
+    assert outcome.stall_seconds == 0.0
+
+
+def test_overhead_is_constant_in_the_length():
+    per_step = [
+        simulate(n, 16, speeds(2, 4, 4), layout=Layout(tail=0)).seconds / n for n in (1000, 4000, 16000)
+    ]
+    assert max(per_step) / min(per_step) < 1.01
+
+
+def test_a_billion_steps_cost_no_memory():
+    tracemalloc.start()
+    stock = Stock(64, steps=10**9)
+    plan = iter(AsynchronousPlan(stock, Layout(tail=10**9)))
+    first = list(itertools.islice(plan, 20))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert first
+    assert peak < 1_000_000
+
+
+def test_an_unknown_length_ends_where_the_job_says():
+    actions = []
+    simulate(37, 4, speeds(2, 3, 3), known=False, observe=actions.append)
+    turn = next(i for i, action in enumerate(actions) if isinstance(action, Turn))
+    assert max(a.stop for a in actions[:turn] if isinstance(a, Advance)) >= 37
+
+
+def test_the_verifier_sees_what_is_wrong():
+    actions = []
+    simulate(20, 3, speeds(2, 2, 2), layout=Layout(tail=20), observe=actions.append)
+    verify(actions, 20, slots=3)
+    with pytest.raises(PlanError, match="at once"):
+        verify(actions, 20, slots=2)
+    for index in range(0, len(actions), 3):
+        if type(actions[index]).__name__ in ("Free", "Await"):
+            continue
+        with pytest.raises(PlanError):
+            verify(actions[:index] + actions[index + 1 :], 20, slots=3)
