@@ -1,0 +1,373 @@
+"""Joins plan, tiers and engine into one run of one job.
+
+Owns the order of things: measure, choose a plan, allocate, run forward, run in
+reverse, release.  Front ends bring a `Job` and its `Traits`; everything else is
+here.  Runs on the caller's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longtape.actions import Kind
+from longtape.engine.executor import Executor
+from longtape.engine.mover import Budget, Mover
+from longtape.engine.trace import Timeline, Trace
+from longtape.engine.workers import Workers
+from longtape.errors import BudgetError, StateError, UsageError
+from longtape.measure import JobCosts, measure_tier
+from longtape.plan.asynchronous import AsynchronousPlan, Layout
+from longtape.plan.choose import Choice, choose
+from longtape.plan.costs import Costs, Problem
+from longtape.plan.stock import Stock
+from longtape.protocols import Job, Observer, Tier
+from longtape.report import Quantities, Report
+from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.disk import DiskTier
+from longtape.tiers.pool import SlotPool
+
+ALIGNMENT = 4096
+PADDED_FROM = 64 * 1024
+"""States at least this large are padded to whole pages, so that direct I/O needs no second copy of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a front end says of its job."""
+
+    title: str
+    steps: int | None
+    state_nbytes: int
+    residual_nbytes: int | None = None
+    """Bytes `Job.record` needs a step; None: the job cannot record."""
+    tape_nbytes: int = 0
+    """For a job that reverses several steps at once: bytes each further taped step holds meanwhile."""
+    max_window: int = 1
+    initial_is_free: bool = False
+    working_slots: int = 0
+    """Slots the job works in beside those of the budget; given to its `adopt` before the sweep."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user asked for."""
+
+    memory: int | str
+    disk: str | os.PathLike[str] | None = None
+    disk_limit: int | str | None = None
+    observers: Sequence[Observer] = ()
+    tier: Tier | None = None
+    """A tier to use in place of a scratch file in `disk`."""
+    costs: Costs | None = None
+    """Times to plan with; measured on the job when None."""
+    stuck_seconds: float = 30.0
+
+
+class Run:
+    """One forward and one reverse sweep of a job.
+
+    Args:
+        job: What to run.
+        traits: What the job needs.
+        settings: What the user allows.
+        measure: Times the job's own steps; None if it cannot, or need not, be timed beforehand.
+
+    Raises:
+        BudgetError: `memory` cannot hold one state.
+        UsageError: Any other setting that cannot be honoured.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        traits: Traits,
+        settings: Settings,
+        *,
+        measure: Callable[[], JobCosts] | None = None,
+    ) -> None:
+        self._job, self._traits = job, traits
+        self._settings = settings
+        self._clock = time.perf_counter
+        self._state = "new"
+        self._turned_at = 0.0
+        self._forward_stall = 0.0
+        memory = parse_bytes(settings.memory)
+        if traits.steps is not None and traits.steps < 1:
+            raise UsageError(f"steps must be at least 1, not {traits.steps}")
+        if memory < traits.state_nbytes:
+            raise BudgetError(
+                f"memory={format_bytes(memory)} cannot hold one state of this model, which takes "
+                f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
+            )
+        self.memory_nbytes = memory
+        self._tier = self._open_tier()
+        self._workers = None if self._tier is None else Workers(self._tier, self._clock)
+        try:
+            costs = settings.costs or self._measure(measure)
+            self.choice = choose(self._problem(), costs)
+            self.costs = costs
+            self._assemble()
+        except BaseException:
+            self._release_storage()
+            raise
+
+    # Putting it together -----------------------------------------------------------------------
+
+    def _open_tier(self) -> Tier | None:
+        settings = self._settings
+        if settings.tier is not None:
+            return settings.tier
+        if settings.disk is None:
+            return None
+        limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
+        return DiskTier(settings.disk, limit=limit)
+
+    def _item_nbytes(self, nbytes: int) -> int:
+        """Bytes an item takes in memory: whole pages where that costs little and saves a copy."""
+        if self._tier is None or nbytes < PADDED_FROM:
+            return nbytes
+        padded = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return padded if padded <= self.memory_nbytes else nbytes
+
+    def _problem(self) -> Problem:
+        traits = self._traits
+        limit = self._settings.disk_limit
+        return Problem(
+            steps=traits.steps,
+            state_nbytes=self._item_nbytes(traits.state_nbytes),
+            memory_nbytes=self.memory_nbytes,
+            has_disk=self._tier is not None,
+            disk_nbytes=None if limit is None else parse_bytes(limit),
+            residual_nbytes=traits.residual_nbytes,
+            tape_nbytes=traits.tape_nbytes,
+            max_window=traits.max_window,
+        )
+
+    def _measure(self, measure: Callable[[], JobCosts] | None) -> Costs:
+        job = JobCosts() if measure is None else measure()
+        if self._tier is None or self._workers is None:
+            return Costs(job.forward, job.reverse, job.record, job.pull_back)
+        sizes = [self._item_nbytes(self._traits.state_nbytes)]
+        if self._traits.residual_nbytes:
+            sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
+        try:
+            speed = measure_tier(self._tier, self._workers, sizes, busy=job.busy)
+        finally:
+            if job.restore is not None:
+                job.restore()
+        return Costs(
+            job.forward,
+            job.reverse,
+            job.record,
+            job.pull_back,
+            write_bytes_per_second=speed.write_bytes_per_second,
+            read_bytes_per_second=speed.read_bytes_per_second,
+            write_latency=speed.write_latency,
+            read_latency=speed.read_latency,
+        )
+
+    def _layout(self) -> Layout:
+        choice, traits = self.choice, self._traits
+        return Layout(
+            window=choice.window,
+            tail=choice.tail if choice.schedule in ("asynchronous", "residuals") else (traits.steps or 0),
+            fixed_spacing=choice.stall_spacing,
+            records=choice.blocks > 0,
+            record_fraction=choice.record_fraction,
+            initial_is_free=traits.initial_is_free,
+        )
+
+    def _assemble(self) -> None:
+        choice, costs = self.choice, self.costs
+        state = self._item_nbytes(self._traits.state_nbytes)
+        block = choice.window * (self._traits.residual_nbytes or 0)
+        alignment = ALIGNMENT if self._tier is not None and state >= PADDED_FROM else 64
+        stock = Stock(choice.slots, choice.blocks, steps=self._traits.steps, clock=self._clock)
+        if costs.forward > 0:
+            stock.forward.add(costs.forward)
+        stock.reverse.add(costs.reverse)
+        if self._tier is not None:
+            stock.write.add(costs.write_seconds(state))
+            stock.read.add(costs.read_seconds(state))
+            stock.block_write.add(costs.write_seconds(block))
+            stock.block_read.add(costs.read_seconds(block))
+        self._stock = stock
+        self._pools = {
+            Kind.SNAPSHOT: SlotPool(choice.slots + self._traits.working_slots, state, alignment=alignment),
+            Kind.RESIDUALS: SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT),
+        }
+        if self._traits.working_slots:
+            self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
+        self._budget = Budget(self.memory_nbytes)
+        self._trace = Trace(self._clock(), self._held)
+        observers: list[Observer] = [self._trace, *self._settings.observers]
+        self._mover = Mover(
+            stock=stock,
+            pools=dict(self._pools),
+            nbytes={Kind.SNAPSHOT: state, Kind.RESIDUALS: block},
+            budget=self._budget,
+            tier=self._tier,
+            workers=self._workers,
+            stuck_seconds=self._settings.stuck_seconds,
+            observers=observers,
+            on_fault=self._warn_once,
+        )
+        plan = AsynchronousPlan(stock, self._layout())
+        self._executor = Executor(iter(plan), self._job, self._mover, clock=self._clock, observers=observers)
+
+    def _held(self) -> tuple[int, int]:
+        return self._budget.in_use, self._mover.stored_nbytes
+
+    def _warn_once(self, message: str) -> None:
+        if len(self._mover.faults) == 1:
+            warnings.warn(f"longtape: {message}", RuntimeWarning, stacklevel=2)
+
+    # Running -------------------------------------------------------------------------------------
+
+    def forward(self) -> None:
+        """Run the forward sweep; the job's working state is then the final one."""
+        self._enter("new", "forward() can run once; make a new sweep to run again")
+        began = self._clock()
+        self._trace.skip(began - self._trace.zero)
+        self._execute(until_turn=True)
+        self._turned_at = self._clock()
+        self.forward_seconds = self._turned_at - began
+        self._forward_stall = self._trace.seconds("wait")
+        self._state = "turned"
+
+    def reverse(self) -> None:
+        """Run the reverse sweep and release everything."""
+        self._enter("turned", "reverse() runs once, after forward()")
+        began = self._clock()
+        self._trace.skip(began - self._turned_at)
+        self._execute(until_turn=False)
+        self.reverse_seconds = self._clock() - began
+        self._state = "reversed"
+        self._release()
+
+    def _enter(self, state: str, otherwise: str) -> None:
+        if self._state != state:
+            raise StateError(f"{otherwise} (the sweep is {self._state})")
+        self._state = "failed"
+
+    def _execute(self, *, until_turn: bool) -> None:
+        try:
+            self._executor.run(until_turn=until_turn)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Join the threads, remove the scratch file, release the memory.  Idempotent."""
+        if self._state != "reversed":
+            self._state = "closed"
+        self._release()
+
+    def _release(self) -> None:
+        self._mover.close()
+        for pool in self._pools.values():
+            pool.close()
+
+    def _release_storage(self) -> None:
+        if self._workers is not None:
+            self._workers.close(self._settings.stuck_seconds)
+        if self._tier is not None:
+            self._tier.close()
+
+    # Afterwards --------------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> Trace:
+        """What happened when."""
+        return self._trace
+
+    def timeline(self) -> Timeline:
+        """The run as `longtape.plots.timeline` draws it."""
+        return Timeline(
+            title=f"{self._traits.title}: {self._stock.steps or 0:,} steps",
+            spans=list(self._trace.spans),
+            levels=self._trace.levels,
+            predicted_seconds=self.choice.prediction.time_seconds,
+            memory_budget=self.memory_nbytes,
+        )
+
+    @property
+    def report(self) -> Report:
+        """Predicted against measured.
+
+        Raises:
+            StateError: The reverse sweep has not ended.
+        """
+        if self._state != "reversed":
+            raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
+        trace, mover, choice = self._trace, self._mover, self.choice
+        transferring = mover.written.seconds + mover.fetched.seconds
+        waited = trace.seconds("wait")
+        tier: Any = self._tier
+        return Report(
+            title=self._traits.title,
+            steps=self._stock.steps or 0,
+            schedule=choice.schedule,
+            window=choice.window,
+            slots=choice.slots,
+            memory_budget_bytes=self.memory_nbytes,
+            predicted=self.predicted,
+            measured=Quantities(
+                seconds=self.forward_seconds + self.reverse_seconds,
+                peak_memory_bytes=self._budget.peak,
+                peak_disk_bytes=mover.peak_stored_nbytes,
+                bytes_written=mover.written.nbytes,
+                bytes_read=mover.fetched.nbytes,
+                steps_recomputed=trace.steps_replayed,
+                stall_seconds=waited,
+            ),
+            forward_seconds=self.forward_seconds,
+            reverse_seconds=self.reverse_seconds,
+            forward_stall_seconds=self._forward_stall,
+            steps_taped_again=trace.steps_retaped,
+            steps_recorded=trace.steps_recorded,
+            writes=mover.written.count,
+            reads=mover.fetched.count,
+            write_seconds=mover.written.seconds,
+            read_seconds=mover.fetched.seconds,
+            overlap_fraction=max(0.0, 1.0 - waited / transferring) if transferring > 0 else None,
+            direct_io=getattr(tier, "direct", None),
+            faults=tuple(mover.faults),
+            notes=(*self._traits.notes, *self._tier_notes()),
+        )
+
+    def _tier_notes(self) -> tuple[str, ...]:
+        reason = getattr(self._tier, "fallback_reason", None)
+        return () if reason is None else (f"storage is buffered: {reason}",)
+
+    @property
+    def predicted(self) -> Quantities:
+        """What the plan says the run will take."""
+        prediction, steps = self.choice.prediction, self._stock.steps or 0
+        return Quantities(
+            seconds=prediction.time_seconds,
+            peak_memory_bytes=prediction.peak_memory_bytes,
+            peak_disk_bytes=prediction.peak_disk_bytes,
+            bytes_written=prediction.bytes_written,
+            bytes_read=prediction.bytes_read,
+            steps_recomputed=max(0, prediction.advances - steps),
+            stall_seconds=prediction.stall_seconds,
+        )
+
+
+def describe(choice: Choice) -> str:
+    """The plan in one line, for people."""
+    parts = [f"{choice.schedule}: {choice.slots:,} snapshots in memory"]
+    if choice.blocks:
+        parts.append(f"{choice.blocks} residual blocks of {choice.window} steps")
+    if choice.schedule == "asynchronous":
+        parts.append(f"one stored every {choice.spacing:.1f} steps")
+    if choice.record_fraction:
+        parts.append(f"{choice.record_fraction:.0%} of the steps recorded")
+    return ", ".join(parts)

@@ -1,0 +1,241 @@
+"""Carries items between memory and storage, and keeps the books of it.
+
+Owns the slots in use, the transfers under way and the byte reservations of the
+budget.  Knows no plan and no job.  Runs on the executor's thread only; workers hand
+finished transfers back through a queue.
+
+Invariants: a slot is in the pool, or holds one item, or belongs to one transfer
+whose item was given up; the bytes in use never exceed the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from longtape.actions import Key, Kind
+from longtape.engine.workers import Transfer, Workers
+from longtape.errors import PlanError, StorageError
+from longtape.plan.stock import Stock
+from longtape.protocols import Observer, Pool, Slot, Tier
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What one direction has moved."""
+
+    count: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+    """Time the tier spent in it."""
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes reserved of a stated limit."""
+
+    limit: int
+    in_use: int = 0
+    peak: int = 0
+
+    def reserve(self, nbytes: int) -> None:
+        """Count bytes in; raises `PlanError` past the limit, for a plan must never get there."""
+        self.in_use += nbytes
+        self.peak = max(self.peak, self.in_use)
+        if self.in_use > self.limit:
+            raise PlanError(f"{self.in_use} bytes would be held; the budget is {self.limit}")
+
+    def release(self, nbytes: int) -> None:
+        """Count bytes out."""
+        self.in_use -= nbytes
+
+
+@dataclass(slots=True)
+class Mover:
+    """Slots, transfers and reservations of one run."""
+
+    stock: Stock
+    pools: dict[Kind, Pool]
+    nbytes: dict[Kind, int]
+    """Bytes each kind of item reserves."""
+    budget: Budget
+    tier: Tier | None
+    workers: Workers | None
+    stuck_seconds: float
+    observers: list[Observer]
+    held: dict[Key, Slot] = field(default_factory=dict)
+    written: Traffic = field(default_factory=Traffic)
+    fetched: Traffic = field(default_factory=Traffic)
+    stored_nbytes: int = 0
+    """Bytes of storage in use now, writes under way included."""
+    peak_stored_nbytes: int = 0
+    faults: list[str] = field(default_factory=list)
+    on_fault: Callable[[str], None] | None = None
+    _under_way: dict[Key, Transfer] = field(default_factory=dict)
+    _abandoned: set[Transfer] = field(default_factory=set)
+
+    # Memory --------------------------------------------------------------------------------
+
+    def take(self, key: Key) -> Slot:
+        """A slot for a new item; `hold` or `drop` it."""
+        slot = self.pools[key.kind].take()
+        self.budget.reserve(self.nbytes[key.kind])
+        return slot
+
+    def hold(self, key: Key, slot: Slot) -> None:
+        """The item is in `slot` now."""
+        self.stock.put(key)
+        self.held[key] = slot
+
+    def _vacate(self, key: Key) -> None:
+        self.pools[key.kind].give(self.held.pop(key))
+        self.budget.release(self.nbytes[key.kind])
+
+    def give_up(self, key: Key) -> None:
+        """Free an item's slot, at once or, where a transfer is using it, as soon as that ends."""
+        if key.step not in self.stock.shelf(key.kind).memory:
+            return
+        transfer = self._under_way.get(key)
+        cancelled = transfer is not None and transfer.is_write and transfer.claim()
+        if cancelled:
+            del self._under_way[key]
+            self._release(key)
+        if self.stock.free(key, cancelled=cancelled):
+            self._vacate(key)
+
+    def forget(self, key: Key) -> None:
+        """Give up the stored copy too."""
+        stored = key.step in self.stock.shelf(key.kind).stored
+        self.stock.forget(key)
+        if stored and key not in self._under_way:
+            self._release(key)
+
+    def _release(self, key: Key) -> None:
+        if self.tier is not None:
+            self.tier.release(key)
+            self.stored_nbytes -= self.nbytes[key.kind]
+
+    # Transfers -----------------------------------------------------------------------------
+
+    def begin_write(self, key: Key) -> None:
+        """Queue a write; a tier with no room for it counts as a failed one."""
+        if self.tier is None or self.workers is None:
+            raise PlanError(f"{key} is to be written, but the run has no storage")
+        self.stock.begin_write(key)
+        slot = self.held[key]
+        try:
+            if self._abandoned:
+                raise StorageError("storage has stopped answering")
+            self.tier.reserve(key, slot.data.nbytes)
+        except StorageError as error:
+            self.written.failures += 1
+            self._fault(f"{key} could not be stored: {error}")
+            self.stock.end_write(key, ok=False)
+            return
+        self.stored_nbytes += slot.data.nbytes
+        self.peak_stored_nbytes = max(self.peak_stored_nbytes, self.stored_nbytes)
+        self._submit(Transfer(key, slot, is_write=True))
+
+    def begin_read(self, key: Key) -> None:
+        """Queue a read into a free slot."""
+        slot = self.take(key)
+        self.stock.begin_read(key)
+        self.held[key] = slot
+        if self._abandoned:
+            self._settle_read(key, ok=False)
+        else:
+            self._submit(Transfer(key, slot, is_write=False))
+
+    def _submit(self, transfer: Transfer) -> None:
+        if self.workers is None:
+            raise PlanError("a transfer without workers")
+        self._under_way[transfer.key] = transfer
+        self.workers.submit(transfer)
+
+    def poll(self) -> None:
+        """Take note of every transfer that has ended; never waits."""
+        while self._under_way and self.workers is not None:
+            transfer = self.workers.next_finished(0)
+            if transfer is None:
+                return
+            self._finish(transfer)
+
+    def wait(self) -> None:
+        """Wait until one transfer has ended; give up those that take longer than `stuck_seconds`."""
+        if not self._under_way or self.workers is None:
+            raise PlanError("waiting for a transfer while none is in progress")
+        transfer = self.workers.next_finished(self.stuck_seconds)
+        if transfer is not None:
+            self._finish(transfer)
+        else:
+            self._abandon()
+
+    def _finish(self, transfer: Transfer) -> None:
+        key = transfer.key
+        if transfer in self._abandoned:
+            self._abandoned.discard(transfer)
+            return
+        del self._under_way[key]
+        ok = transfer.error is None
+        traffic = self.written if transfer.is_write else self.fetched
+        traffic.seconds += transfer.seconds
+        if ok:
+            traffic.count += 1
+            traffic.nbytes += transfer.nbytes
+        else:
+            traffic.failures += 1
+            self._fault(f"{key} could not be {'stored' if transfer.is_write else 'read back'}: {transfer.error}")
+        for observer in self.observers:
+            name = "write" if transfer.is_write else "read"
+            observer.on_transfer(name, key, transfer.nbytes, transfer.began, transfer.ended)
+        (self._settle_write if transfer.is_write else self._settle_read)(key, ok=ok, seconds=transfer.seconds)
+
+    def _settle_write(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
+        freed = self.stock.end_write(key, ok=ok, seconds=seconds)
+        if freed:
+            self._vacate(key)
+        if freed or not ok:
+            self._release(key)
+
+    def _settle_read(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
+        if self.stock.end_read(key, ok=ok, seconds=seconds):
+            self._vacate(key)
+        if key.step not in self.stock.shelf(key.kind).stored:
+            self._release(key)
+
+    def _abandon(self) -> None:
+        """Storage does not answer: go on without what was under way.
+
+        A slot that a stuck read may still fill, and room that a stuck write may still
+        claim, are never used again.
+        """
+        for key, transfer in list(self._under_way.items()):
+            del self._under_way[key]
+            self._fault(f"{key}: no answer from storage for {self.stuck_seconds:g} s; going on without it")
+            if transfer.claim():  # not started, and now it never will be
+                (self._settle_write if transfer.is_write else self._settle_read)(key, ok=False)
+                continue
+            self._abandoned.add(transfer)
+            if transfer.is_write:
+                self.stock.end_write(key, ok=False)
+            elif self.stock.end_read(key, ok=False):
+                del self.held[key]
+                self.stock.shelf(key.kind).capacity -= 1
+
+    def _fault(self, message: str) -> None:
+        if len(self.faults) < 100:
+            self.faults.append(message)
+        if self.on_fault is not None:
+            self.on_fault(message)
+
+    def close(self) -> bool:
+        """Stop the workers, after the transfers in progress; False if one is stuck."""
+        for transfer in self._under_way.values():
+            transfer.claim()  # those not started never will be
+        ended = self.workers is None or self.workers.close(self.stuck_seconds)
+        self._under_way.clear()
+        self.held.clear()
+        if self.tier is not None:
+            self.tier.close()
+        return ended

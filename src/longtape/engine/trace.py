@@ -1,0 +1,176 @@
+"""Watches a run: what happened when, and how much was held.
+
+Owns the record of a run in bounded memory, whatever the number of steps: spans of
+the same kind that touch are merged, and when there are still too many, gaps shorter
+than a growing resolution are closed.  Knows no plan and decides nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from longtape.actions import Action, Advance, Await, Key, PullBack, Record, Restore, Reverse, Store, Turn
+
+MOST_SPANS = 1 << 16
+MOST_LEVELS = 1 << 12
+
+LANES = ("forward", "replay", "reverse", "copy", "wait", "write", "read")
+
+
+class Span(NamedTuple):
+    """One thing that went on for a while; seconds from the start of the run."""
+
+    lane: str
+    began: float
+    ended: float
+
+
+class Level(NamedTuple):
+    """Bytes held at one moment."""
+
+    seconds: float
+    memory_nbytes: int
+    disk_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A finished run, ready to be drawn."""
+
+    title: str
+    spans: list[Span]
+    levels: list[Level]
+    predicted_seconds: float
+    memory_budget: int
+
+
+@dataclass(slots=True)
+class _Lane:
+    """The spans of one lane, ascending, and the total time in them."""
+
+    began: array[float] = field(default_factory=lambda: array("d"))
+    ended: array[float] = field(default_factory=lambda: array("d"))
+    seconds: float = 0.0
+    resolution: float = 20e-6
+
+    def add(self, began: float, ended: float) -> None:
+        self.seconds += ended - began
+        if self.ended and began - self.ended[-1] < self.resolution:
+            self.ended[-1] = max(self.ended[-1], ended)
+            return
+        self.began.append(began)
+        self.ended.append(ended)
+        if len(self.began) > MOST_SPANS:
+            self._coarsen()
+
+    def _coarsen(self) -> None:
+        while len(self.began) > MOST_SPANS // 2:
+            self.resolution *= 2
+            old = list(zip(self.began, self.ended, strict=True))
+            del self.began[:], self.ended[:]
+            for began, ended in old:
+                if self.ended and began - self.ended[-1] < self.resolution:
+                    self.ended[-1] = ended
+                else:
+                    self.began.append(began)
+                    self.ended.append(ended)
+
+
+class Trace:
+    """An observer that remembers.
+
+    `clock_zero` is the clock's reading at the start of the run; `held` tells the bytes
+    in memory and on storage when asked.
+    """
+
+    def __init__(self, clock_zero: float, held: Callable[[], tuple[int, int]]) -> None:
+        self.zero = clock_zero
+        self._held = held
+        self._lanes = {name: _Lane() for name in LANES}
+        self._levels: list[Level] = []
+        self._level_every = 1
+        self._level_count = 0
+        self.turned_at: float | None = None
+        self.steps_forward = 0
+        """Steps of the first sweep, plain or recorded."""
+        self.steps_replayed = 0
+        """Plain steps run again after the first sweep."""
+        self.steps_retaped = 0
+        """Steps run again while taping, for their adjoint."""
+        self.steps_recorded = 0
+        """Steps whose residuals were kept in the first sweep."""
+        self._reached = 0
+
+    # Observer ------------------------------------------------------------------------------
+
+    def on_action(self, action: Action, began: float, ended: float) -> None:
+        """Note a compute action, a copy or a wait."""
+        kind = type(action)
+        if kind is Advance or kind is Record:
+            self._ran(action, began, ended)  # type: ignore[arg-type]
+        elif kind is Reverse or kind is PullBack:
+            self._span("reverse", began, ended)
+            if kind is Reverse:
+                self.steps_retaped += action.stop - action.start  # type: ignore[union-attr]
+        elif kind is Store or kind is Restore:
+            self._span("copy", began, ended)
+            self._note_levels(ended)
+        elif kind is Await:
+            self._span("wait", began, ended)
+        elif kind is Turn:
+            self.turned_at = ended - self.zero
+
+    def _ran(self, action: Advance | Record, began: float, ended: float) -> None:
+        count = action.stop - action.start
+        fresh = max(0, action.stop - self._reached)
+        self._span("forward" if fresh else "replay", began, ended)
+        self._reached = max(self._reached, action.stop)
+        self.steps_forward += fresh
+        if type(action) is Record:
+            self.steps_recorded += fresh
+            self.steps_retaped += count - fresh
+        else:
+            self.steps_replayed += count - fresh
+
+    def on_transfer(self, kind: str, key: Key, nbytes: int, began: float, ended: float) -> None:
+        """Note a transfer."""
+        self._span(kind, began, ended)
+        self._note_levels(ended)
+
+    def skip(self, seconds: float) -> None:
+        """Leave out a pause that is not part of the run, such as the caller's own work between the sweeps."""
+        self.zero += seconds
+
+    def _note_levels(self, now: float) -> None:
+        """Note the bytes held now; thinned so that at most `MOST_LEVELS` are kept."""
+        self._level_count += 1
+        if self._level_count % self._level_every:
+            return
+        self._levels.append(Level(now - self.zero, *self._held()))
+        if len(self._levels) >= MOST_LEVELS:
+            del self._levels[1::2]
+            self._level_every *= 2
+
+    def _span(self, lane: str, began: float, ended: float) -> None:
+        self._lanes[lane].add(began - self.zero, ended - self.zero)
+
+    # What was seen ---------------------------------------------------------------------------
+
+    def seconds(self, lane: str) -> float:
+        """Total time in a lane."""
+        return self._lanes[lane].seconds
+
+    @property
+    def spans(self) -> Iterator[Span]:
+        """Every span, lane by lane."""
+        for name, lane in self._lanes.items():
+            for began, ended in zip(lane.began, lane.ended, strict=True):
+                yield Span(name, began, ended)
+
+    @property
+    def levels(self) -> list[Level]:
+        """Bytes held over time."""
+        return self._levels

@@ -1,0 +1,96 @@
+"""The threads that move bytes; the only file of the package that starts any.
+
+Owns the writer and reader threads of one run.  A worker takes a transfer, calls the
+tier, notes when it began and ended and what went wrong, and hands it back; it
+decides nothing and touches no bookkeeping.  Between transfers it sleeps in a system
+call, so that it never competes with compute threads that spin.
+
+Invariant: a transfer is run by exactly one worker or cancelled by the executor's
+thread, whichever claims it first; a finished transfer is handed back exactly once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from longtape.actions import Key
+from longtape.protocols import Slot, Tier
+
+
+class Transfer:
+    """One item on its way.  `error` and the times are valid once it has been handed back."""
+
+    __slots__ = ("_claim", "began", "ended", "error", "is_write", "key", "nbytes", "slot")
+
+    def __init__(self, key: Key, slot: Slot, *, is_write: bool) -> None:
+        self.key, self.slot, self.is_write = key, slot, is_write
+        self.nbytes = slot.data.nbytes
+        self.began = self.ended = 0.0
+        self.error: Exception | None = None
+        self._claim = threading.Lock()
+
+    def claim(self) -> bool:
+        """True for the first caller only, who alone may run or cancel it."""
+        return self._claim.acquire(blocking=False)
+
+    @property
+    def seconds(self) -> float:
+        """How long the tier took."""
+        return self.ended - self.began
+
+
+class Workers:
+    """Writer and reader threads over one tier."""
+
+    def __init__(self, tier: Tier, clock: Callable[[], float], *, writers: int = 1, readers: int = 1) -> None:
+        self._tier, self._clock = tier, clock
+        self._to_write: SimpleQueue[Transfer | None] = SimpleQueue()
+        self._to_read: SimpleQueue[Transfer | None] = SimpleQueue()
+        self._finished: SimpleQueue[Transfer] = SimpleQueue()
+        self._threads = [self._start("write", k, self._to_write) for k in range(writers)]
+        self._threads += [self._start("read", k, self._to_read) for k in range(readers)]
+
+    def _start(self, name: str, number: int, source: SimpleQueue[Transfer | None]) -> threading.Thread:
+        # Daemons: a transfer stuck in the kernel must not keep the interpreter from ending.
+        thread = threading.Thread(target=self._work, args=(source,), name=f"longtape-{name}-{number}", daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self, source: SimpleQueue[Transfer | None]) -> None:
+        while (transfer := source.get()) is not None:
+            if transfer.claim():
+                self._run(transfer)
+                self._finished.put(transfer)
+            del transfer
+
+    def _run(self, transfer: Transfer) -> None:
+        transfer.began = self._clock()
+        try:
+            if transfer.is_write:
+                self._tier.write(transfer.key, transfer.slot.data)
+            else:
+                self._tier.read(transfer.key, transfer.slot.data)
+        except Exception as error:  # handed back, and dealt with on the executor's thread
+            transfer.error = error
+        transfer.ended = self._clock()
+
+    def submit(self, transfer: Transfer) -> None:
+        """Queue a transfer; returns at once."""
+        (self._to_write if transfer.is_write else self._to_read).put(transfer)
+
+    def next_finished(self, timeout: float | None) -> Transfer | None:
+        """A finished transfer; waits up to `timeout` seconds for one, or without bound if None."""
+        try:
+            return self._finished.get(timeout=timeout) if timeout != 0 else self._finished.get_nowait()
+        except Empty:
+            return None
+
+    def close(self, timeout: float) -> bool:
+        """Let the threads end; False if one is still stuck in a transfer after `timeout` seconds."""
+        for thread in self._threads:
+            (self._to_write if "write" in thread.name else self._to_read).put(None)
+        for thread in self._threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in self._threads)

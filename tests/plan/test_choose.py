@@ -1,0 +1,286 @@
+"""The choice: always within the budget, never worse than Revolve, quick however long the job."""
+
+from dataclasses import replace
+from itertools import pairwise
+from math import ceil, inf
+from time import perf_counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtape.errors import BudgetError, UsageError
+from longtape.plan import choose as module
+from longtape.plan.choose import Choice, choose
+from longtape.plan.costs import Costs, Problem
+from longtape.plan.predict import Footprint, can_record, predict_asynchronous, predict_revolve
+
+MIB = 2**20
+STEP = Costs(1e-3, 2e-3)
+RECORDED = replace(STEP, record=1.2e-3, pull_back=1e-3)
+
+
+def disk(costs, speed, latency=0.0):
+    return replace(
+        costs,
+        write_bytes_per_second=speed,
+        read_bytes_per_second=speed,
+        write_latency=latency,
+        read_latency=latency,
+    )
+
+
+@st.composite
+def problems(draw):
+    """Jobs of every kind; sizes and times over many orders of magnitude."""
+    state = draw(st.sampled_from([1, 8, 1000, 4096, MIB, 3 * MIB + 17, 10**9]))
+    slots = draw(st.sampled_from([1, 2, 3, 5, 16, 100, 10_000]))
+    records = draw(st.booleans())
+    with_disk = draw(st.booleans())
+    known = draw(st.booleans()) or not with_disk
+    problem = Problem(
+        steps=draw(st.one_of(st.integers(1, 300), st.sampled_from([10**4, 10**6, 10**9]))) if known else None,
+        state_nbytes=state,
+        memory_nbytes=slots * state + draw(st.integers(0, state - 1)),
+        has_disk=with_disk,
+        disk_nbytes=draw(st.sampled_from([None, 0, 3 * state, 1000 * state])),
+        residual_nbytes=draw(st.sampled_from([1, state // 2 + 1, state, 4 * state])) if records else None,
+        tape_nbytes=draw(st.sampled_from([0, 1, state, 5 * state])),
+        max_window=draw(st.sampled_from([1, 2, 50, 10**6])),
+    )
+    forward = draw(st.sampled_from([1e-6, 1e-3, 1.0]))
+    costs = Costs(
+        forward=forward,
+        reverse=forward * draw(st.sampled_from([1.0, 2.0, 3.5])),
+        record=forward * 1.2 if records else None,
+        pull_back=forward * draw(st.sampled_from([0.5, 1.0, 2.0])) if records else None,
+        write_bytes_per_second=draw(st.sampled_from([1e5, 1e8, 3e9, inf])),
+        read_bytes_per_second=draw(st.sampled_from([1e5, 1e8, 3e9, inf])),
+        write_latency=draw(st.sampled_from([0.0, 1e-4])),
+        read_latency=draw(st.sampled_from([0.0, 1e-4])),
+    )
+    return problem, costs
+
+
+@given(problems())
+def test_memory_is_never_exceeded(asked):
+    problem, costs = asked
+    choice = choose(problem, costs)
+    assert choice.footprint.nbytes(problem) <= problem.memory_nbytes
+    assert choice.prediction.peak_memory_bytes <= problem.memory_nbytes
+    assert all(prediction.peak_memory_bytes <= problem.memory_nbytes for _, prediction in choice.alternatives)
+
+
+@given(problems())
+def test_never_predicted_worse_than_revolve(asked):
+    problem, costs = asked
+    if problem.steps is None:
+        return
+    slots = min(problem.steps, problem.memory_nbytes // problem.state_nbytes)
+    revolve = predict_revolve(problem, costs, Footprint(1, slots))
+    choice = choose(problem, costs)
+    assert choice.prediction.time_seconds <= revolve.time_seconds * (1 + 1e-6)
+    for schedule, prediction in choice.alternatives:
+        storage = schedule in ("asynchronous", "residuals")
+        assert choice.prediction.time_seconds <= prediction.time_seconds * (1.02 if storage else 1 + 1e-6)
+
+
+@given(problems())
+def test_parameters_are_consistent(asked):
+    problem, costs = asked
+    choice = choose(problem, costs)
+    assert choice.window >= 1
+    assert choice.slots >= 1
+    assert 0 <= choice.tail <= (problem.steps or 0)
+    assert choice.stall_spacing is None or choice.stall_spacing % choice.window == 0
+    assert 0.0 <= choice.record_fraction <= 1.0
+    if not can_record(problem, costs):
+        assert choice.window <= problem.max_window
+        assert choice.blocks == choice.record_fraction == 0
+    if not problem.has_disk:
+        assert not choice.uses_disk
+    if choice.window > 1 and can_record(problem, costs):
+        assert choice.blocks >= 1
+    if choice.schedule == "residuals":
+        assert choice.blocks >= (2 if choice.record_fraction == 1.0 else 3)
+        assert choice.window == 1 or choice.window * (problem.residual_nbytes or 0) <= module.LARGEST_BLOCK
+    if choice.uses_disk and problem.steps is not None and problem.disk_nbytes is not None:
+        assert choice.prediction.peak_disk_bytes <= problem.disk_nbytes + problem.state_nbytes
+    assert len({choice.schedule, *(name for name, _ in choice.alternatives)}) == 1 + len(choice.alternatives)
+
+
+def test_everything_fits():
+    choice = choose(Problem(10, MIB, 64 * MIB), STEP)
+    assert (choice.schedule, choice.slots, choice.blocks, choice.tail) == ("store_all", 10, 0, 10)
+    assert choice.prediction.overhead == 1.0
+
+
+def test_residuals_that_fit_are_all_kept():
+    choice = choose(Problem(10, MIB, 64 * MIB, residual_nbytes=4 * MIB), RECORDED)
+    assert (choice.schedule, choice.record_fraction) == ("store_all", 1.0)
+    assert choice.blocks * choice.window >= 10
+    assert choice.prediction.overhead == 1.0
+
+
+def test_memory_alone_is_revolve():
+    choice = choose(Problem(1000, MIB, 16 * MIB), STEP)
+    assert (choice.schedule, choice.window, choice.slots, choice.tail) == ("revolve", 1, 16, 1000)
+    assert choice.prediction.advances == pytest.approx(2860, abs=5)
+
+
+def test_memory_alone_profits_from_windows():
+    plain = choose(Problem(10_000, MIB, 16 * MIB), STEP)
+    taping = choose(Problem(10_000, MIB, 16 * MIB, tape_nbytes=MIB // 4, max_window=1000), STEP)
+    recording = choose(Problem(10_000, MIB, 16 * MIB, residual_nbytes=MIB // 4), RECORDED)
+    assert taping.window > 1
+    assert taping.blocks == 0
+    assert taping.prediction.time_seconds < 0.8 * plain.prediction.time_seconds
+    assert (recording.schedule, recording.blocks) == ("revolve", 1)
+    assert recording.window > 1
+
+
+def test_storage_that_keeps_up_gives_the_mean_spacing():
+    choice = choose(Problem(100_000, MIB, 16 * MIB, has_disk=True), disk(STEP, 4e8))
+    assert (choice.schedule, choice.stall_spacing) == ("asynchronous", None)
+    assert choice.spacing == pytest.approx(MIB / 4e8 / 1e-3)
+    assert 0 < choice.tail < 1000
+    assert [name for name, _ in choice.alternatives] == ["revolve"]
+
+
+def test_an_interval_whose_tapes_fit_is_one_window():
+    """Cost falls from 2 - 1/r + b to 1 + b a step."""
+    problem = Problem(100_000, MIB, 64 * MIB, has_disk=True, tape_nbytes=MIB // 4, max_window=1000)
+    choice = choose(problem, disk(STEP, 1e8))
+    assert choice.window == ceil(MIB / 1e8 / 1e-3)
+    assert choice.prediction.overhead == pytest.approx(1.0, abs=1e-3)
+
+
+def test_slow_storage_and_few_slots_wait():
+    problem = Problem(10_000, MIB, 4 * MIB, has_disk=True)
+    choice = choose(problem, disk(STEP, MIB / 0.1))
+    assert choice.schedule == "asynchronous"
+    assert choice.stall_spacing is not None
+    assert choice.stall_spacing < 100
+    assert choice.spacing == choice.stall_spacing
+    assert choice.prediction.stall_seconds > 0
+
+
+def test_short_jobs_do_not_wait_for_storage():
+    """Too few stores to fill the slots and then wait: the prediction would not hold."""
+    choice = choose(Problem(200, MIB, 4 * MIB, has_disk=True), disk(STEP, MIB / 0.06))
+    assert choice.stall_spacing is None
+
+
+def test_storage_must_earn_its_keep():
+    problem = Problem(1000, MIB, 16 * MIB, has_disk=True)
+    assert choose(problem, disk(STEP, MIB / 1.0)).schedule == "revolve"
+
+
+def test_fast_storage_carries_all_residuals():
+    problem = Problem(100_000, MIB, 64 * MIB, has_disk=True, residual_nbytes=MIB)
+    choice = choose(problem, disk(RECORDED, 3e9, 1e-4))
+    assert (choice.schedule, choice.record_fraction, choice.tail) == ("residuals", 1.0, 0)
+    assert choice.prediction.overhead == pytest.approx(1.0, abs=1e-3)
+    assert choice.window * MIB >= 3e9 * 1e-4 / 0.05 / 2  # latency is unimportant
+    assert choice.blocks >= 3
+
+
+def test_half_fast_storage_carries_some_residuals():
+    problem = Problem(100_000, MIB // 4, 64 * MIB, has_disk=True, residual_nbytes=MIB)
+    choice = choose(problem, disk(RECORDED, 7e8))
+    assert choice.schedule == "residuals"
+    assert 0.5 < choice.record_fraction < 1.0
+    assert 1.0 < choice.prediction.overhead < 1.3
+    assert choice.blocks >= 3
+
+
+def test_more_bandwidth_is_never_worse():
+    problem = Problem(100_000, MIB, 64 * MIB, has_disk=True, residual_nbytes=4 * MIB)
+    times = [choose(problem, disk(RECORDED, 2.0**e * 1e6)).prediction.time_seconds for e in range(16)]
+    assert all(later <= earlier * 1.02 for earlier, later in pairwise(times))
+    assert times[-1] < 0.5 * times[0]
+
+
+def test_limited_storage_is_kept_to():
+    problem = Problem(10_000, MIB, 8 * MIB, has_disk=True, disk_nbytes=50 * MIB)
+    choice = choose(problem, disk(STEP, 1e9))
+    assert choice.schedule == "asynchronous"
+    assert choice.stall_spacing is not None
+    assert choice.prediction.peak_disk_bytes <= 50 * MIB
+    assert choice.prediction.peak_disk_bytes > 40 * MIB
+
+
+def test_unknown_length_needs_storage():
+    choice = choose(Problem(None, MIB, 8 * MIB, has_disk=True), disk(STEP, 1e9))
+    assert (choice.schedule, choice.tail) == ("asynchronous", 0)
+    with pytest.raises(UsageError, match=r"unknown number of steps .* allow storage"):
+        choose(Problem(None, MIB, 8 * MIB), STEP)
+
+
+def test_too_little_memory_says_the_least():
+    with pytest.raises(BudgetError, match=r"999 bytes was asked for.* 1000 bytes, which is the least"):
+        choose(Problem(10, 1000, 999), STEP)
+    assert choose(Problem(10, 1000, 1000), STEP).slots == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "costs"),
+    [
+        (Problem(0, 1, 1), STEP),
+        (Problem(10, 1, 1), replace(STEP, forward=-1.0)),
+        (Problem(10, 1, 1), replace(STEP, reverse=inf)),
+        (Problem(10, 1, 1, has_disk=True), replace(STEP, read_bytes_per_second=0.0)),
+    ],
+)
+def test_nonsense_is_refused(problem, costs):
+    with pytest.raises(UsageError):
+        choose(problem, costs)
+
+
+def test_states_of_no_size_and_steps_of_no_time():
+    assert choose(Problem(10, 0, 0), STEP).schedule == "store_all"
+    assert choose(Problem(10, 1, 1), Costs(0.0, 0.0)).prediction.overhead == 1.0
+
+
+@pytest.mark.parametrize("slots", [2, 4, 8, 50])
+@pytest.mark.parametrize("write", [3, 40, 150])
+def test_close_to_the_best_of_all_windows_and_spacings(slots, write):
+    problem = Problem(5000, 1000, 1000 * slots + 500, has_disk=True, tape_nbytes=100, max_window=100)
+    costs = Costs(1.0, 2.0, write_bytes_per_second=1000 / write, read_bytes_per_second=1000 / write)
+    best = inf
+    for window in range(1, 101):
+        left = (problem.memory_nbytes - 100 * (window - 1)) // 1000
+        if left < 1:
+            break
+        footprint = Footprint(window, left)
+        best = min(best, predict_revolve(problem, costs, footprint).time_seconds)
+        enough = 5000 // window // (4 * left)  # fewer stores would not wait but fill the slots
+        for fixed in (None, *range(1, min(enough + 1, ceil(write / window)), 2)):
+            best = min(best, predict_asynchronous(problem, costs, footprint, fixed=fixed).time_seconds)
+    assert choose(problem, costs).prediction.time_seconds <= 1.02 * best
+
+
+HARD = [
+    (Problem(None, MIB, 16 * MIB), STEP),
+    (Problem(None, MIB, 16 * MIB, has_disk=True), disk(STEP, 1e8)),
+    (Problem(None, MIB, 2 * MIB + 5, has_disk=True, residual_nbytes=4), disk(RECORDED, 1e5, 1e-4)),
+    (Problem(None, MIB, 3 * MIB, has_disk=True), disk(Costs(1e-6, 2e-6), 1e3)),
+    (Problem(None, MIB, 2 * MIB, has_disk=True), disk(Costs(1e-6, 2e-6), 1e3)),
+    (Problem(None, 10**9, 16 * 10**9, has_disk=True), disk(Costs(1e-6, 2e-6), 1e5)),
+    (Problem(None, MIB, 64 * MIB, has_disk=True, residual_nbytes=4 * MIB), disk(RECORDED, 1e9, 1e-4)),
+    (Problem(None, 8, 16 * MIB, has_disk=True, residual_nbytes=64), disk(RECORDED, 1e9, 1e-4)),
+    (Problem(None, 8, 8 * 10**6, has_disk=True, tape_nbytes=1, max_window=10**9), disk(STEP, 1e6, 1e-2)),
+]
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(10**6, 0.1), (10**9, 1.0)])
+@pytest.mark.parametrize("case", range(len(HARD)))
+def test_quick(steps, seconds, case):
+    problem, costs = HARD[case]
+    problem = replace(problem, steps=steps)
+    times = []
+    for _ in range(3):
+        began = perf_counter()
+        assert isinstance(choose(problem, costs), Choice)
+        times.append(perf_counter() - began)
+    assert min(times) < seconds

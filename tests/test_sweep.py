@@ -1,0 +1,165 @@
+"""`Sweep`: the same bits as storing everything, within the budget, and clear errors."""
+
+import functools
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Chaotic, OutOfPlace, Spanning, store_everything
+
+import longtape
+from longtape.plan.binomial import advances
+
+exact = functools.lru_cache(maxsize=4096)(store_everything)
+STATE = 64 + 12  # two arrays, the second on the next cache line
+
+
+def run(model, steps, **options):
+    sweep = longtape.Sweep(model, steps, **options)
+    model.advanced = 0  # a few first steps were run to time them
+    sweep.forward()
+    model.start_adjoint()
+    sweep.reverse()
+    return sweep
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from([Chaotic, Spanning, OutOfPlace]),
+    steps=st.one_of(st.integers(1, 60), st.integers(1, 2000)),
+    slots=st.integers(1, 70),
+    on_disk=st.booleans(),
+)
+def test_same_bits_for_every_budget(tmp_path_factory, kind, steps, slots, on_disk):
+    if slots < 3:
+        steps = min(steps, 200)  # quadratic with one slot
+    model = kind()
+    disk = tmp_path_factory.mktemp("scratch") if on_disk else None
+    sweep = run(model, steps, memory=slots * STATE, disk=disk)
+    assert model.result() == exact(steps)
+    assert sweep.report.measured.peak_memory_bytes <= slots * STATE
+    assert disk is None or not list(disk.iterdir())
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps=st.integers(1, 300), slots=st.integers(2, 20), size=st.sampled_from([5, 8192, 9001]))
+def test_same_bits_when_states_are_large_enough_for_direct_io(tmp_path_factory, steps, slots, size):
+    model = Chaotic(size)
+    nbytes = 8 * size + 128 + 4096
+    run(model, steps, memory=slots * nbytes, disk=tmp_path_factory.mktemp("scratch"))
+    assert model.result() == exact(steps, size)
+
+
+@pytest.mark.parametrize(("steps", "slots"), [(1, 1), (2, 1), (10, 3), (100, 5), (500, 8)])
+def test_without_disk_it_costs_what_revolve_costs(steps, slots):
+    model = Chaotic()
+    sweep = run(model, steps, memory=slots * STATE)
+    # The final state is handed to the caller first: a chain of one more step, whose adjoint costs nothing.
+    assert model.advanced == advances(steps + 1, slots)
+    assert model.advanced == sweep.report.measured.steps_recomputed + steps
+
+
+def test_the_forward_sweep_ends_with_the_final_state():
+    for kind in (Chaotic, OutOfPlace):
+        model, other = kind(), Chaotic()
+        sweep = longtape.Sweep(model, 25, memory=3 * STATE)
+        sweep.forward()
+        other.advance(0, 25)
+        assert np.array_equal(model.state[0], other.state[0])
+        sweep.close()
+
+
+def test_the_report_counts(tmp_path):
+    model = Chaotic(20_000)
+    sweep = run(model, 400, memory="1MiB", disk=tmp_path)
+    report = sweep.report
+    assert report.schedule == "asynchronous"
+    assert report.writes > 0
+    assert report.measured.bytes_written > 0
+    assert report.measured.peak_memory_bytes <= 2**20
+    assert 0.0 <= report.overlap_fraction <= 1.0
+    assert "predicted" in str(report)
+    assert '"schedule": "asynchronous"' in report.to_json()
+
+
+def test_a_budget_below_one_state_says_the_least():
+    with pytest.raises(longtape.BudgetError, match="at least 76"):
+        longtape.Sweep(Chaotic(), 10, memory=75)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "10"])
+def test_steps_must_be_a_positive_integer(steps):
+    with pytest.raises(longtape.UsageError, match="steps"):
+        longtape.Sweep(Chaotic(), steps, memory=1000)
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    with pytest.raises(longtape.UsageError, match="nowhere"):
+        longtape.Sweep(Chaotic(), 10, memory=1000, disk=tmp_path / "nowhere")
+
+
+def test_calls_out_of_order_are_refused():
+    sweep = longtape.Sweep(Chaotic(), 10, memory=1000)
+    with pytest.raises(longtape.StateError, match="forward"):
+        sweep.reverse()
+    sweep.forward()
+    with pytest.raises(longtape.StateError, match="once"):
+        sweep.forward()
+    with pytest.raises(longtape.StateError, match="reverse"):
+        _ = sweep.report
+    sweep.close()
+    sweep.close()
+
+
+class Failing(Chaotic):
+    """Raises at one step, in one of the sweeps."""
+
+    def __init__(self, at, error, in_reverse):
+        super().__init__()
+        self.at, self.error, self.in_reverse = at, error, in_reverse
+        self.armed = False
+
+    def advance(self, start, stop):
+        if self.armed and not self.in_reverse and start <= self.at < stop:
+            raise self.error
+        super().advance(start, stop)
+
+    def reverse(self, start, stop):
+        if self.in_reverse and start == self.at:
+            raise self.error
+        super().reverse(start, stop)
+
+
+@pytest.mark.parametrize("in_reverse", [False, True])
+@pytest.mark.parametrize("error", [ZeroDivisionError("mine"), KeyboardInterrupt()])
+def test_an_error_in_a_step_keeps_its_type_and_releases_everything(tmp_path, in_reverse, error):
+    model = Failing(37, error, in_reverse)
+    sweep = longtape.Sweep(model, 60, memory=6 * STATE, disk=tmp_path)
+    model.armed = True
+    with pytest.raises(type(error)) as caught:
+        sweep.forward()
+        model.start_adjoint()
+        sweep.reverse()
+    if isinstance(error, Exception):
+        notes = " ".join(caught.value.__notes__)
+        assert ("adjoint of steps 37" if in_reverse else "forward sweep") in notes
+    assert not [t for t in threading.enumerate() if t.name.startswith("longtape")]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_changes_shape_is_refused():
+    model = Chaotic()
+    sweep = longtape.Sweep(model, 10, memory=1000)
+    model.state[0] = np.zeros(6)
+    with pytest.raises(longtape.StepError, match=r"state\[0\]"):
+        sweep.forward()
+
+
+@pytest.mark.parametrize("state", [None, [], [[1.0, 2.0]], [np.array([object()])]])
+def test_a_state_must_be_arrays(state):
+    model = Chaotic()
+    model.state = state
+    with pytest.raises(longtape.UsageError, match="state"):
+        longtape.Sweep(model, 10, memory=1000)
