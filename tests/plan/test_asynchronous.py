@@ -53,7 +53,7 @@ def test_without_storage_it_is_revolve(steps, slots):
         steps, slots, speeds(2, 1, 1), layout=Layout(tail=steps, final_state=False), observe=actions.append
     )
     assert outcome.advances == (advances(steps, slots) if steps > 1 else 0)
-    assert verify(actions, steps, slots=slots).advances == outcome.advances
+    assert verify(actions, steps, slots=slots, final_state=False).advances == outcome.advances
 
 
 LAYOUTS = st.fixed_dictionaries(
@@ -106,7 +106,14 @@ def test_is_legal_whatever_the_timing(steps, slots, blocks, ratio, b, layout, ru
     assert outcome.peak_blocks <= blocks
     assert outcome.forward_stall_seconds == 0.0, "compute waited in the forward sweep"
     if known:
-        verdict = verify(actions, steps, slots=slots, blocks=blocks, initial_is_free=chosen.initial_is_free)
+        verdict = verify(
+            actions,
+            steps,
+            slots=slots,
+            blocks=blocks,
+            initial_is_free=chosen.initial_is_free,
+            final_state=chosen.final_state,
+        )
         assert verdict.advances == outcome.advances
 
 

@@ -666,5 +666,3 @@ class AsynchronousPlan:
                 if last_of_all:
                     yield from self._request(then_request)
                 yield from self._take_adjoint(start_of)
-
-

@@ -18,7 +18,10 @@ reverse automatic differentiation*, Optim. Methods Softw. 1 (1992).
 from __future__ import annotations
 
 from functools import lru_cache
-from math import comb, isqrt
+from math import comb, exp, floor, isqrt, lgamma, log
+
+_FEW = 8
+"""Repetitions that are counted up to one by one."""
 
 
 def capacity(slots: int, repeats: int) -> int:
@@ -59,23 +62,20 @@ def _triangular_repetitions(steps: int) -> int:
 
 
 def _smallest_repetitions(steps: int, slots: int) -> int:
-    """Smallest ρ with β(s, ρ) ≥ l for 3 ≤ s < l-1; few, cheap binomials even for long chains."""
-    reach, repeats = slots + 1, 1
-    while reach < steps and repeats < 16:
+    """Smallest ρ with β(s, ρ) ≥ l for 3 ≤ s < l-1, counted up from 1 or from a close lower bound.
+
+    s!·β(s, ρ) = (ρ+1)…(ρ+s) ≤ (ρ + (s+1)/2)^s, as no geometric mean exceeds the
+    arithmetic one; hence ρ ≥ (l·s!)^(1/s) - (s+1)/2.
+    """
+    repeats = 1
+    if capacity(slots, _FEW) < steps:
+        root = exp((log(steps) + lgamma(slots + 1)) / slots)
+        repeats = max(_FEW, floor(root - (slots + 1) / 2) - 1)
+    reach = capacity(slots, repeats)
+    while reach < steps:
         repeats += 1
         reach = reach * (slots + repeats) // repeats
-    if reach >= steps:
-        return repeats
-    below, above = repeats, 2 * repeats
-    while capacity(slots, above) < steps:
-        below, above = above, 2 * above
-    while above - below > 1:
-        middle = (below + above) // 2
-        if capacity(slots, middle) < steps:
-            below = middle
-        else:
-            above = middle
-    return above
+    return repeats
 
 
 @lru_cache(maxsize=4096)

@@ -1,6 +1,6 @@
 """From costs and a budget in bytes to a schedule: the shortest predicted run among all that fit.
 
-This file owns the search; the formulas are in `predict`.  Candidates are
+This file owns the search; the formulas are in `predict` and `recording`.  Candidates are
 
 * everything in memory, as snapshots or as residuals;
 * Revolve within memory;
@@ -30,17 +30,16 @@ from longtape.plan.costs import Costs, Problem
 from longtape.plan.predict import (
     Footprint,
     Prediction,
-    Recording,
     best_tail,
     can_record,
     horizon,
     pace,
     predict_asynchronous,
     predict_recorded,
-    predict_residuals,
     predict_revolve,
     spaced,
 )
+from longtape.plan.recording import Recording, predict_residuals
 
 Schedule = Literal["store_all", "revolve", "asynchronous", "residuals"]
 
@@ -59,6 +58,7 @@ _LEAST_GAIN = 0.01
 _SAME_TIME = 1.0 + 1e-9
 _ROUNDING_SECONDS = 1e-9
 _MOST_REPEATS = 8
+_STORES_PER_SLOT = 4
 _SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _RUNS = range(1, 17)
 
@@ -173,10 +173,9 @@ def _footprint(problem: Problem, costs: Costs, window: int) -> Footprint | None:
     """All memory to slots, beside what taping one window takes; None if no slot is left."""
     blocks = 1 if window > 1 and can_record(problem, costs) else 0
     tape = Footprint(window, 0, blocks).nbytes(problem)
-    slots = (problem.memory_nbytes - tape) // max(1, problem.state_nbytes)
-    if slots < 1:
-        return None
-    return Footprint(window, min(slots, -(-horizon(problem) // window)), blocks)
+    windows, room = -(-horizon(problem) // window), problem.memory_nbytes - tape
+    slots = room // problem.state_nbytes if problem.state_nbytes else windows
+    return None if room < 0 or slots < 1 else Footprint(window, min(slots, windows), blocks)
 
 
 def _longest_window(problem: Problem, costs: Costs) -> int:
@@ -287,16 +286,21 @@ def _all_recorded(problem: Problem, costs: Costs) -> Choice | None:
 def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
     if not problem.has_disk:
         return
-    greedy = [_spaced_choice(problem, costs, footprint, None) for footprint in _footprints(problem, costs)]
-    yield from (choice for choice in greedy if _fits_disk(problem, choice))
-    promising = sorted(greedy, key=_seconds)[:3]
-    if all(choice.window > 1 for choice in promising):
-        promising += [choice for choice in greedy if choice.window == 1]
-    for choice in promising:
-        for fixed in _fixed_spacings(problem, costs, choice):
+    greedy = []
+    for footprint in _footprints(problem, costs):
+        choice = _spaced_choice(problem, costs, footprint, None)
+        greedy += [choice] if _fits_disk(problem, choice) else _sparser(problem, costs, choice)
+    yield from greedy
+    for choice in _promising(greedy):
+        for fixed in _closer_spacings(choice, -(-horizon(problem) // choice.window)):
             stalled = _spaced_choice(problem, costs, choice.footprint, fixed)
             if _fits_disk(problem, stalled):
                 yield stalled
+
+
+def _promising(choices: list[Choice]) -> list[Choice]:
+    """The few windows for which it is worth trying many spacings."""
+    return sorted(choices, key=_seconds)[:3] + [choice for choice in choices if choice.window == 1]
 
 
 def _spaced_choice(problem: Problem, costs: Costs, footprint: Footprint, fixed: int | None) -> Choice:
@@ -319,23 +323,34 @@ def _fits_disk(problem: Problem, choice: Choice) -> bool:
     return problem.steps is None or limit is None or choice.prediction.peak_disk_bytes <= limit
 
 
-def _fixed_spacings(problem: Problem, costs: Costs, greedy: Choice) -> list[int]:
-    """Spacings in windows worth waiting for: those below the greedy one, and the closest that a limited storage holds.
+def _sparser(problem: Problem, costs: Costs, greedy: Choice) -> list[Choice]:
+    """The closest spacings that a limited storage holds: for the whole sequence, and for all but its tail."""
+    states = (problem.disk_nbytes or 0) // max(1, problem.state_nbytes)
+    if states < 1:
+        return []
+    least, windows = ceil(greedy.spacing / greedy.window), -(-horizon(problem) // greedy.window)
+    whole = _spaced_choice(problem, costs, greedy.footprint, max(least, -(-windows // states)))
+    interior = windows - whole.tail // greedy.window
+    partly = _spaced_choice(problem, costs, greedy.footprint, max(least, -(-interior // states)))
+    return [choice for choice in (whole, partly) if _fits_disk(problem, choice)]
+
+
+def _closer_spacings(choice: Choice, windows: int) -> list[int]:
+    """Spacings in windows below the one at which storage keeps up, for which the forward sweep would wait.
+
+    Only where many more are stored than there are slots: a few would not wait for their
+    turn but fill the slots, and leave none to the tail.
 
     The re-advances of an interval rise with a slope that steps up at β(s, ρ) and
-    β(s-1, ρ), while the stall falls smoothly, so the best spacing is near one of these.
+    β(s-1, ρ), while the wait falls smoothly: the best spacing is often one of these.
     """
-    mean, windows = greedy.spacing / greedy.window, -(-horizon(problem) // greedy.window)
-    below = ceil(mean) - 1
+    below = ceil(choice.spacing / choice.window) - 1
     spacings = {below, *_grid(below)}
     for repeats in range(1, _MOST_REPEATS):
-        if repetitions(below, greedy.slots) >= repeats:
-            reach = capacity(greedy.slots, repeats)
-            spacings.update((reach, max(1, capacity(greedy.slots - 1, repeats))))
-    fixed = {spacing for spacing in spacings if 1 <= spacing < mean}
-    if problem.disk_nbytes is not None and problem.disk_nbytes >= problem.state_nbytes > 0:
-        fixed.add(max(ceil(mean), -(-windows // (problem.disk_nbytes // problem.state_nbytes))))
-    return sorted(fixed)
+        if repetitions(below, choice.slots) >= repeats:
+            spacings.update((capacity(choice.slots, repeats), capacity(choice.slots - 1, repeats)))
+    most = min(below, windows // (_STORES_PER_SLOT * choice.slots))
+    return sorted(spacing for spacing in spacings if 1 <= spacing <= most)
 
 
 # Residuals on storage ---------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """What a schedule will take, in closed form: seconds, bytes and steps, before anything runs.
 
-This file owns the predictor.  It searches nothing (`choose` does) and runs no plan
-(`simulate` does).
+This file owns the predictor for snapshots, and the terms every prediction is made in;
+`recording` adds residuals on storage.  It searches nothing (`choose` does) and runs no
+plan (`simulate` does).
 
 Everything is counted in *windows* of h steps whose adjoint is taken in one go; the
 theory's single step is the case h = 1.  With n = ⌈N/h⌉ windows of mean length N/n, the
 symbols are t_F = `Pace.advance`, t_B = `Pace.adjoint`, t_W and t_R = `Pace.write` and
-`Pace.read` (of one state), s = `Footprint.slots`, I = spacing in windows, M = tail in
-windows, and φ = the fraction of windows recorded.
+`Pace.read` (of one state), s = `Footprint.slots`, I = spacing in windows and M = tail
+in windows.
 
 Source: the binomial formulas are Griewank and Walther's, ACM TOMS 26 (2000); storing
 at a mean spacing while computing follows the idea of Kukreja, Hückelheim and Gorman
@@ -25,7 +26,6 @@ from longtape.plan.costs import Costs, Problem
 HORIZON = 10_000
 """Steps for which a job of unknown length is predicted."""
 
-_SAFETY_WINDOWS = 32
 _TINIEST_STEP = 1e-12
 _ROUNDING = 1e-9
 
@@ -149,7 +149,7 @@ def pace(problem: Problem, costs: Costs, footprint: Footprint) -> Pace:
 
 def predict_recorded(problem: Problem, costs: Costs, footprint: Footprint) -> Prediction:
     """Every window recorded, its block kept in memory: T = N·(record + pull_back)."""
-    return _prediction(problem, costs, footprint, seconds=horizon(problem) * recorded_seconds(costs), advanced=0.0)
+    return tally(problem, costs, footprint, seconds=horizon(problem) * recorded_seconds(costs), advanced=0.0)
 
 
 def predict_revolve(problem: Problem, costs: Costs, footprint: Footprint, *, final_state: bool = True) -> Prediction:
@@ -165,7 +165,7 @@ def predict_revolve(problem: Problem, costs: Costs, footprint: Footprint, *, fin
     job = pace(problem, costs, footprint)
     advanced = advances(job.windows, footprint.slots) + _final_windows(job.windows, footprint.slots, final_state)
     seconds = advanced * job.advance + job.windows * job.adjoint
-    return _prediction(problem, costs, footprint, seconds=seconds, advanced=advanced * job.steps)
+    return tally(problem, costs, footprint, seconds=seconds, advanced=advanced * job.steps)
 
 
 def _final_windows(windows: int, slots: int, final_state: bool) -> int:
@@ -187,7 +187,7 @@ def interval_advances(length: int, slots: int, *, read: float, adjoint: float) -
         read: t_R/t_F, time of the read to hide.
         adjoint: t_B/t_F.
     """
-    done = 0
+    length, done = _before_the_read(length, slots, read, adjoint)
     while length > 1:
         if slots == 1 or advances(length, slots) == advances(length, slots - 1):
             return done + advances(length, slots)
@@ -204,6 +204,28 @@ def interval_advances(length: int, slots: int, *, read: float, adjoint: float) -
             return done + advances(cut, slots - 1)
         length = cut
     return done
+
+
+def _before_the_read(length: int, slots: int, read: float, adjoint: float) -> tuple[int, int]:
+    """What is left of an interval when the read must begin, and the advances done by then.
+
+    Up to there the splits are Revolve's, so the advances are t(l, c) less t(what is left, c).
+    Splitting β(c, ρ-1) + d steps again and again at the highest optimal position leaves
+    β(c, q-1) + min(d, β(c-1, q)) steps of repetition q, for q = ρ-1, ρ-2, …, 1.
+    """
+    if slots == 1:
+        return length, 0
+    repeats = repetitions(length, slots)
+    beyond = length - capacity(slots, repeats - 1)
+    left, low, high = length, 1, repeats
+    while low < high:
+        middle = (low + high) // 2
+        rest = capacity(slots, middle - 1) + min(beyond, capacity(slots - 1, middle))
+        if advances(rest, slots - 1) + rest * adjoint >= read:
+            left, high = rest, middle
+        else:
+            low = middle + 1
+    return left, advances(length, slots) - advances(left, slots)
 
 
 def _latest_cut(length: int, slots: int, lowest: int, needed: float, adjoint: float) -> int | None:
@@ -293,7 +315,7 @@ def predict_asynchronous(
     writes = ceil(greedy / interior.spacing - _ROUNDING)
     # The last interval starts from memory; where intervals leave slots over, some more do.
     spared = 1 if tail > 1 else 1 + floor((footprint.slots - 1) / max(1.0, interior.spacing))
-    return _prediction(
+    return tally(
         problem,
         costs,
         footprint,
@@ -305,140 +327,7 @@ def predict_asynchronous(
     )
 
 
-# Residuals on storage ---------------------------------------------------------------------------
-
-
-def safety_windows(problem: Problem, window: int) -> int:
-    """Windows between snapshots that insure recorded windows against lost blocks.
-
-    Never closer than 32, nor so close that snapshots are more than 1/32 of the bytes.
-    """
-    block = max(1, window * (problem.residual_nbytes or 0))
-    return max(_SAFETY_WINDOWS, ceil(_SAFETY_WINDOWS * problem.state_nbytes / block))
-
-
-@dataclass(frozen=True, slots=True)
-class Loads:
-    """What a sweep's storage traffic needs against what it has, if no window is recorded, and if every one is.
-
-    Linear in between.  Seconds (or bytes) to spare; negative: missing.
-    """
-
-    none: float
-    all: float
-
-    def spare(self, fraction: float) -> float:
-        """To spare with a fraction φ recorded: (1-φ)·none + φ·all."""
-        return (1.0 - fraction) * self.none + fraction * self.all
-
-    def largest_fraction(self) -> float:
-        """The largest φ that leaves nothing missing; 0 where there is none."""
-        if self.all >= 0.0:
-            return 1.0
-        return 0.0 if self.none <= 0.0 else self.none / (self.none - self.all)
-
-
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """Recording a fraction of the windows, the rest in runs that each start from a snapshot."""
-
-    problem: Problem
-    costs: Costs
-    footprint: Footprint
-    run: int = 1
-    """Plain windows from one snapshot to the next."""
-
-    @property
-    def job(self) -> Pace:
-        """The job in windows."""
-        return pace(self.problem, self.costs, self.footprint)
-
-    @property
-    def block_nbytes(self) -> int:
-        """Bytes of the residuals of a full window."""
-        return self.footprint.window * (self.problem.residual_nbytes or 0)
-
-    @property
-    def depth(self) -> int:
-        """Recorded windows that need not have been written, or be read: all blocks but the two in use.
-
-        It only helps where the end is known; else 0.
-        """
-        return 0 if self.problem.steps is None else max(0, self.footprint.blocks - 2)
-
-    @property
-    def again(self) -> float:
-        """Windows advanced again per plain window: t(k, s-1)/k in a run of k; one slot takes the prefetch."""
-        return advances(self.run, max(1, self.footprint.slots - 1)) / self.run
-
-    def snapshots(self) -> Loads:
-        """Snapshots written per window, recorded or not."""
-        return Loads(1.0 / self.run, 1.0 / safety_windows(self.problem, self.footprint.window))
-
-    def forward(self) -> Loads:
-        """Time to spare for the writes: n·(t_F or h·record) - writes.
-
-        Where every window is recorded the last ones may still wait to be written:
-        depth·t_w(block) more.  Otherwise no queue may build up before the snapshots.
-        """
-        job, block, snapshots = self.job, self.costs.write_seconds(self.block_nbytes), self.snapshots()
-        none = job.windows * (job.advance - snapshots.none * job.write)
-        record = job.steps * (self.costs.record or 0.0)
-        every = job.windows * (record - block - snapshots.all * job.write)
-        return Loads(none, 0.0 if -self.depth * block <= every <= 0.0 else every)
-
-    def reverse(self) -> Loads:
-        """Time to spare for the reads: n·(t_B + again·t_F, or h·pull_back) + depth·t_r(block) - reads."""
-        job, block = self.job, self.costs.read_seconds(self.block_nbytes)
-        kept = self.depth * block
-        pull_back = job.steps * (self.costs.pull_back or 0.0)
-        return Loads(
-            none=kept + job.windows * (job.adjoint + self.again * job.advance - job.read / self.run),
-            all=kept + job.windows * (pull_back - block),
-        )
-
-    def disk(self) -> Loads:
-        """Bytes to spare on storage; without a stated limit, plenty."""
-        limit = self.problem.disk_nbytes
-        if limit is None:
-            return Loads(0.0, 0.0)
-        windows, state, snapshots = self.job.windows, self.problem.state_nbytes, self.snapshots()
-        return Loads(
-            none=limit - windows * snapshots.none * state,
-            all=limit - windows * (self.block_nbytes + snapshots.all * state),
-        )
-
-
-def predict_residuals(recording: Recording, fraction: float) -> Prediction:
-    """A fraction φ of the windows recorded, their residuals on storage; the rest recomputed.
-
-    A recorded window costs h·record + h·pull_back; a plain one t_F + t_B, and its share
-    of t(k, s-1) re-advances in a run of k.  The forward sweep never waits (what storage
-    cannot carry is not recorded: keep φ ≤ `Recording.forward`'s largest); the reverse
-    sweep stalls for the reads that its own time, and the blocks still in memory, do not
-    cover.
-    """
-    job, costs = recording.job, recording.costs
-    recorded, plain = fraction * job.windows, (1.0 - fraction) * job.windows
-    stalled = max(0.0, -recording.reverse().spare(fraction))
-    advanced = plain * (1.0 + recording.again)
-    seconds = recorded * job.steps * recorded_seconds(costs) + advanced * job.advance + plain * job.adjoint + stalled
-    runs = plain / recording.run
-    return _prediction(
-        recording.problem,
-        costs,
-        recording.footprint,
-        seconds=seconds,
-        advanced=advanced * job.steps,
-        stalled=stalled,
-        snapshots_written=ceil(job.windows * recording.snapshots().spare(fraction) - _ROUNDING),
-        snapshots_read=ceil(runs - _ROUNDING),
-        blocks_written=ceil(recorded - _ROUNDING),
-        blocks_read=max(0, ceil(recorded - _ROUNDING) - recording.depth),
-    )
-
-
-def _prediction(
+def tally(
     problem: Problem,
     costs: Costs,
     footprint: Footprint,
@@ -451,6 +340,7 @@ def _prediction(
     blocks_written: int = 0,
     blocks_read: int = 0,
 ) -> Prediction:
+    """A prediction from seconds, steps advanced and items moved."""
     state, block = problem.state_nbytes, footprint.window * (problem.residual_nbytes or 0)
     written = snapshots_written * state + blocks_written * block
     return Prediction(

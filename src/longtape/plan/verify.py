@@ -51,6 +51,7 @@ class _Replay:
     steps: int
     adjoint: int
     initial_is_free: bool
+    final_state: bool
     work: int | None = 0
     turned: bool = False
     reached: int = 0
@@ -125,13 +126,20 @@ class _Replay:
                 self.stored.discard(key)
             case Turn():
                 self.need(not self.turned, action, "it has turned before")
+                self.need(self.work == self.steps or not self.final_state, action, "this is not the final state")
                 self.turned = True
             case Await():
                 pass
 
 
 def verify(
-    actions: Iterable[Action], steps: int, *, slots: int, blocks: int = 0, initial_is_free: bool = False
+    actions: Iterable[Action],
+    steps: int,
+    *,
+    slots: int,
+    blocks: int = 0,
+    initial_is_free: bool = False,
+    final_state: bool = True,
 ) -> Verdict:
     """Replay a whole plan and check it.
 
@@ -141,11 +149,12 @@ def verify(
         slots: Most snapshots in memory.
         blocks: Most residual blocks in memory.
         initial_is_free: State 0 may be restored without a slot.
+        final_state: The working state must be the final one when the sweep turns.
 
     Raises:
         PlanError: The first illegal action, a budget exceeded, or something left undone.
     """
-    replay = _Replay(steps, steps, initial_is_free)
+    replay = _Replay(steps, steps, initial_is_free, final_state)
     for action in actions:
         replay.perform(action)
     if replay.adjoint != 0 or not replay.turned:
