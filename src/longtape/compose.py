@@ -24,6 +24,7 @@ from longtape.measure import JobCosts, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.choose import Choice, choose
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.recording import safety_windows
 from longtape.plan.stock import Stock
 from longtape.protocols import Job, Observer, Tier
 from longtape.report import Quantities, Report
@@ -176,10 +177,12 @@ class Run:
         choice, traits = self.choice, self._traits
         return Layout(
             window=choice.window,
-            tail=choice.tail if choice.schedule in ("asynchronous", "residuals") else (traits.steps or 0),
+            tail=choice.tail,
             fixed_spacing=choice.stall_spacing,
             records=choice.blocks > 0,
             record_fraction=choice.record_fraction,
+            stores=choice.uses_disk,
+            safety=safety_windows(self._problem(), choice.window),
             initial_is_free=traits.initial_is_free,
         )
 

@@ -66,6 +66,12 @@ class Job(Protocol):
     def yield_slot(self, slot: Slot) -> Slot:
         """The engine wants `slot` back: return it, or an equal one if the working state lives in it."""
 
+    def adopt(self, slots: list[Slot]) -> None:
+        """Work in these slots, which trade places with those of kept snapshots.
+
+        Called once, before the sweep, on jobs that asked for working slots.
+        """
+
     def load_initial(self) -> None:
         """Make state 0 the working state; only called on jobs that said they can."""
 

@@ -201,6 +201,45 @@ def test_more_bandwidth_is_never_worse():
     assert times[-1] < 0.5 * times[0]
 
 
+def test_storage_is_used_only_for_a_hundredth_of_the_time():
+    small_gains = 0
+    for exponent in range(200):
+        problem = Problem(1000, MIB, 16 * MIB, has_disk=True)
+        choice = choose(problem, disk(STEP, 1e5 * 1.05**exponent))
+        predictions = {choice.schedule: choice.prediction, **dict(choice.alternatives)}
+        gain = 1 - predictions["asynchronous"].time_seconds / predictions["revolve"].time_seconds
+        assert choice.schedule == ("asynchronous" if gain > 0.01 else "revolve")
+        small_gains += 0 < gain <= 0.01
+    assert small_gains > 0
+
+
+def test_recording_a_part_needs_a_third_block():
+    """One block takes the tapes of the plain windows, two the transfers."""
+    costs = disk(RECORDED, 7e8)
+    for blocks in (1, 2, 3):
+        problem = Problem(100_000, MIB // 4, MIB + blocks * MIB, has_disk=True, residual_nbytes=MIB)
+        choice = choose(problem, costs)
+        offered = [choice.schedule, *(name for name, _ in choice.alternatives)]
+        assert ("residuals" in offered) == (blocks > 2)
+
+
+@pytest.mark.parametrize(("slots", "tape"), [(2, 3), (3, 30), (3, 3), (5, 500), (20, 100), (200, 1000)])
+@pytest.mark.parametrize("steps", [50, 300, 5000])
+@pytest.mark.parametrize("records", [False, True])
+def test_memory_alone_finds_the_best_window(steps, slots, tape, records):
+    problem = Problem(
+        steps, 1000, 1000 * slots + 366, residual_nbytes=tape if records else None, tape_nbytes=tape, max_window=10**6
+    )
+    costs = Costs(1.0, 2.0, *([1.0, 1.0] if records else []))
+    times = []
+    for window in range(1, steps + 1):
+        blocks = int(records and window > 1)
+        left = (problem.memory_nbytes - Footprint(window, 0, blocks).nbytes(problem)) // 1000
+        if left >= 1:
+            times.append(predict_revolve(problem, costs, Footprint(window, left, blocks)).time_seconds)
+    assert choose(problem, costs).prediction.time_seconds <= min(times) * 1.001
+
+
 def test_limited_storage_is_kept_to():
     problem = Problem(10_000, MIB, 8 * MIB, has_disk=True, disk_nbytes=50 * MIB)
     choice = choose(problem, disk(STEP, 1e9))

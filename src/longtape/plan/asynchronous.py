@@ -99,6 +99,9 @@ class Layout:
     record_fraction: float = 0.0
     """Most of the windows to record in the forward sweep, for storage to carry."""
 
+    stores: bool = True
+    """Whether there is storage to write to."""
+
     safety: int = 32
     """While windows are recorded, still store a snapshot every so many windows, against lost blocks."""
 
@@ -326,7 +329,8 @@ class AsynchronousPlan:
             yield action
         yield Store(self._at(window))
         self._restarts.append(window)
-        yield Write(self._snapshot(window))
+        if self.layout.stores:
+            yield Write(self._snapshot(window))
 
     def _wants_snapshot(self, window: int) -> bool:
         since = window - self._last_store
@@ -398,7 +402,8 @@ class AsynchronousPlan:
                 yield action
         yield Record(self._at(window), self._at(window + 1))
         self._recorded.append(window)
-        yield Write(self._residuals(window))
+        if self.layout.stores:
+            yield Write(self._residuals(window))
 
     def _pull_back(self, window: int) -> Actions:
         """The adjoint of a recorded window, from its residuals."""
@@ -422,13 +427,16 @@ class AsynchronousPlan:
     def _prefetch_blocks(self) -> Actions:
         """Read the blocks needed next into blocks that are free, or hold what is needed later."""
         shelf = self.stock.residuals
-        spare = 1 if self.layout.record_fraction < 1 else 0
+        # Where windows are also re-recorded, one block is left for that, or it would take back a prefetched one.
+        most = shelf.capacity - (1 if self.layout.record_fraction < 1 else 0)
+        held = 0
         for index in range(len(self._recorded) - 1, max(-1, len(self._recorded) - 1 - shelf.capacity), -1):
             key = self._residuals(self._recorded[index])
+            held += 1
+            if held > most or shelf.available() <= 0:
+                return
             if key.step in shelf.memory or key.step not in shelf.stored:
                 continue
-            if shelf.available() <= spare:
-                return
             if shelf.free == 0:
                 victim = shelf.evictable()
                 if victim is None or victim > key.step:

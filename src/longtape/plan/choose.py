@@ -18,9 +18,8 @@ predicted to save at least a hundredth of the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil, isfinite
 from typing import Literal
 
@@ -190,8 +189,7 @@ def _longest_window(problem: Problem, costs: Costs) -> int:
 def _footprints(problem: Problem, costs: Costs) -> list[Footprint]:
     """One for each window length that may be the best for Revolve or between stored snapshots."""
     longest = _longest_window(problem, costs)
-    windows = {longest, *_grid(longest)}
-    windows.update(_revolve_windows(problem, costs, longest))
+    windows = {longest, *_grid(longest), *_fullest_windows(problem, costs)}
     if problem.has_disk:
         steps = costs.write_seconds(problem.state_nbytes) / max(costs.forward, 1e-12)
         windows.update(ceil(min(steps, longest) / parts) for parts in range(1, 9))
@@ -211,39 +209,18 @@ def _powers_of_two(limit: int) -> list[int]:
     return [1 << exponent for exponent in range(limit.bit_length())]
 
 
-def _revolve_windows(problem: Problem, costs: Costs, longest: int) -> Iterator[int]:
-    """For each ρ, the h of the cheapest Revolve that repeats ρ times.
+def _fullest_windows(problem: Problem, costs: Costs) -> Iterator[int]:
+    """The longest window that still leaves s slots, for every s up to 16 and then in steps of a sixteenth.
 
-    h·β(s(h), ρ), the steps within reach, grows up to h ≈ memory / ((ρ+1)·tape) and then
-    falls.  Below that, the smallest h that reaches N is sought.  The cost,
-    ρ·N - h·β(s(h)+1, ρ-1), is least at the same peak for ρ-1.
+    With the same slots, Revolve on fewer windows is never slower: t(n, s)/n grows with n.
     """
-    tape = (problem.residual_nbytes or 0) if can_record(problem, costs) else problem.tape_nbytes
-    for repeats in range(_MOST_REPEATS + 1):
-        peak = longest if tape == 0 else min(longest, max(1, problem.memory_nbytes // (tape * (repeats + 1))))
-        yield from (peak - 1, peak, peak + 1)
-        fitting = _first_true(peak, partial(_reaches, problem, costs, repeats))
-        if fitting is not None:
-            yield from (fitting, fitting + 1)
-
-
-def _reaches(problem: Problem, costs: Costs, repeats: int, window: int) -> bool:
-    footprint = _footprint(problem, costs, window)
-    return footprint is not None and repetitions(-(-horizon(problem) // window), footprint.slots) <= repeats
-
-
-def _first_true(limit: int, holds: Callable[[int], bool]) -> int | None:
-    """The first of 1 … limit for which `holds`, which from there on does; None if it never does."""
-    if not holds(limit):
-        return None
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high) // 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    records = can_record(problem, costs)
+    tape = (problem.residual_nbytes or 0) if records else problem.tape_nbytes
+    if tape == 0 or problem.state_nbytes == 0:
+        return
+    for slots in _grid(min(problem.memory_nbytes // problem.state_nbytes, horizon(problem))):
+        extra = (problem.memory_nbytes - slots * problem.state_nbytes) // tape
+        yield extra if records else 1 + extra
 
 
 # Memory alone -----------------------------------------------------------------------------------

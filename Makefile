@@ -1,0 +1,56 @@
+# make demo    see it work: trains a small character model through a long sequence
+# make test    every check: lint, format, types, import layers, tests
+# make bench   the measured figures of the README (long; needs a quiet machine)
+# Each needs only Python 3.11 or newer with pip, and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+BENCH_STAMP := .venv/installed-bench
+
+.PHONY: help venv demo test lint types layers pytest format bench clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt --editable '.[torch,jax,cli,dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python examples/char_lstm.py
+
+test: lint types layers pytest
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: venv
+	$(BIN)/mypy src
+
+layers: venv
+	$(BIN)/lint-imports
+
+pytest: venv
+	$(BIN)/python -m pytest
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint constraints.txt checkpoint-schedules pyrevolve
+	touch $@
+
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.stencil
+	$(BIN)/python -m benchmarks.baselines
+
+clean:
+	rm -rf .venv build src/longtape.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,172 @@
+"""Where the residuals of consecutive steps lie in a flat byte buffer.
+
+This file owns copying residuals into a buffer and finding them there again.  It knows
+nothing of Dynamo, programs, or where the buffer's bytes travel in between.
+
+A block holds a *head* and then one *stride* per step; the first step has the head and
+its stride.  A carry leaf that backward needs is the last step's result: where that step
+has stored it in the same block, it is not stored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from longtape.errors import LongtapeError
+from longtape.torch.graphs import Residual, StepGraph
+
+Bytes = npt.NDArray[np.uint8]
+
+_SMALL = 1 << 16
+"""Below this many bytes per step a tensor object per residual and step would outweigh the bytes it names.
+
+Such residuals go through one staging buffer with fixed views, and one copy of bytes.
+"""
+
+
+class RoomExceeded(LongtapeError):
+    """A step met a graph, new to its `CapturedStep`, with more residuals than the block has room for.
+
+    The step was run; its results are in `carry` and `y`, its residuals are lost.
+    """
+
+    carry: list[torch.Tensor | None]
+    y: list[torch.Tensor | None]
+
+
+class Staging:
+    """Fixed places for one step's residuals, and the views of them that programs read and write."""
+
+    def __init__(self, graph: StepGraph) -> None:
+        self.buffer = np.empty(max(graph.nbytes, 1), np.uint8)
+        memory = torch.from_numpy(self.buffer)
+        self.views = [_view(memory, 0, residual) for residual in graph.residuals]
+
+
+class Block:
+    """Typed access to one buffer that holds the residuals of consecutive steps.
+
+    The caller owns `data`, and may move its bytes elsewhere and into another buffer: a
+    block keeps no values, only views.  At most one thread at a time.
+    """
+
+    def __init__(self, data: Bytes, head_nbytes: int, stride_nbytes: int, staging: dict[object, Staging]) -> None:
+        self._data = data
+        self._memory = torch.from_numpy(data)
+        self._head = head_nbytes
+        self._stride = stride_nbytes
+        self._staging = staging
+        self._views: dict[object, list[torch.Tensor]] = {}
+        self._last: tuple[int, StepGraph, Sequence[torch.Tensor | None]] | None = None
+
+    def linked(self, position: int, graph: StepGraph, carry: Sequence[torch.Tensor | None]) -> StepGraph | None:
+        """The graph of the step before, where it has stored every linkable leaf of `carry` in this block."""
+        if self._last is None or not graph.linkable or self._last[0] != position - 1:
+            return None
+        _, before, results = self._last
+        return before if all(k in before.stored_carry and results[k] is carry[k] for k in graph.linked_leaves) else None
+
+    def store(self, position: int, graph: StepGraph, residuals: list[torch.Tensor], *, linked: bool) -> None:
+        """Copy a step's residuals to its place.
+
+        Raises:
+            RoomExceeded: they do not fit; nothing was copied.
+        """
+        start, room = self._place(position)
+        needed = graph.linked_nbytes if linked else graph.nbytes
+        if needed > room:
+            raise RoomExceeded(
+                f"a step takes {needed} bytes of residuals where {room} were set aside: it went another way "
+                "than the steps before it; make a new block"
+            )
+        count = len(graph.residuals) - (graph.linkable if linked else 0)
+        if not count:
+            return
+        sources = residuals[:count] if linked else residuals
+        if graph.nbytes <= _SMALL:
+            staging = self._staged(graph, "own")
+            torch._foreach_copy_(staging.views[:count], sources)
+            self._data[start : start + needed] = staging.buffer[:needed]
+        else:
+            views = self._views_at(position, graph)
+            torch._foreach_copy_(views[:count] if linked else views, sources)
+
+    def remember(self, position: int, graph: StepGraph, carry: Sequence[torch.Tensor | None]) -> None:
+        """Note the results of the step just stored, for the next one to be linked to it."""
+        self._last = (position, graph, carry)
+
+    def load(self, position: int, graph: StepGraph, before: StepGraph | None) -> list[torch.Tensor]:
+        """A step's residuals, in the order of its graph; valid until the next `load` or `store`.
+
+        Args:
+            position: of the step in the block.
+            graph: the step's.
+            before: what `linked` answered when it was stored.
+        """
+        if graph.nbytes > _SMALL:
+            key = (position, graph, before)
+            if key not in self._views:
+                self._views[key] = self._views_at(position, graph)
+                if before is not None:
+                    stored = self._views_at(position - 1, before)
+                    own = len(graph.residuals) - graph.linkable
+                    links = [stored[before.stored_carry[k]] for k in graph.linked_leaves]
+                    self._views[key] = self._views[key][:own] + links
+            return _on_devices(graph, self._views[key])
+        start, _ = self._place(position)
+        needed = graph.nbytes if before is None else graph.linked_nbytes
+        staging = self._staged(graph, "own")
+        staging.buffer[:needed] = self._data[start : start + needed]
+        if before is None:
+            return _on_devices(graph, staging.views)
+        own = staging.views[: len(graph.residuals) - graph.linkable]
+        return _on_devices(graph, own + self._links(position, graph, before))
+
+    def _links(self, position: int, graph: StepGraph, before: StepGraph) -> list[torch.Tensor]:
+        start, _ = self._place(position - 1)
+        staging = self._staged(before, "before")
+        views = []
+        for leaf in graph.linked_leaves:
+            number = before.stored_carry[leaf]
+            residual = before.residuals[number]
+            place = slice(residual.offset, residual.offset + residual.nbytes)
+            staging.buffer[place] = self._data[start + place.start : start + place.stop]
+            views.append(staging.views[number])
+        return views
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Where a step's part begins, and its length."""
+        if position == 0:
+            return 0, self._head + self._stride
+        return self._head + position * self._stride, self._stride
+
+    def _staged(self, graph: StepGraph, use: str) -> Staging:
+        staging = self._staging.get((graph, use))
+        if staging is None:
+            staging = self._staging[graph, use] = Staging(graph)
+        return staging
+
+    def _views_at(self, position: int, graph: StepGraph) -> list[torch.Tensor]:
+        key = (position, graph)
+        views = self._views.get(key)
+        if views is None:
+            start, room = self._place(position)
+            fitting = [r for r in graph.residuals if r.offset + r.nbytes <= room]
+            views = self._views[key] = [_view(self._memory, start, r) for r in fitting]
+        return views
+
+
+def _view(memory: torch.Tensor, start: int, residual: Residual) -> torch.Tensor:
+    begin = start + residual.offset
+    flat = memory[begin : begin + residual.nbytes].view(residual.dtype)
+    return flat.as_strided(residual.size, residual.stride)
+
+
+def _on_devices(graph: StepGraph, views: list[torch.Tensor]) -> list[torch.Tensor]:
+    if graph.on_host:
+        return views
+    return [view.to(residual.device) for view, residual in zip(views, graph.residuals, strict=True)]

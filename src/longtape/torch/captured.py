@@ -1,0 +1,197 @@
+"""The user's step run as captured graphs, with residuals laid out as bytes.
+
+Thin: joins a `Tape` (which owns the graphs) to what a scan job asks of a stepper, and
+keeps the captured graphs of steps seen before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+
+from longtape.errors import StepError
+from longtape.protocols import Slot
+from longtape.torch.blocks import Block
+from longtape.torch.capture import CapturedStep
+from longtape.torch.graphs import CaptureFailed
+from longtape.torch.eager import ones_like
+from longtape.torch.inputs import Inputs
+from longtape.torch.structure import Leaves, Structure
+from longtape.torch.tape import Cotangent, Tape, total
+
+_MOST_KEPT = 64
+_kept: OrderedDict[Any, CapturedStep] = OrderedDict()
+_checked: WeakSet[CapturedStep] = WeakSet()
+
+
+def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves) -> CapturedStep:
+    """The graphs of this step for leaves of these shapes, from an earlier call where there was one."""
+    owner = getattr(step, "__func__", step)
+    like = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+    key = (getattr(owner, "__code__", type(step)), carry.spec, carry.present, x.spec, x.present, like)
+    if key in _kept:
+        _kept.move_to_end(key)
+    else:
+        _kept[key] = CapturedStep(carry.spec, x.spec)
+        if len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+    return _kept[key]
+
+
+class CapturedSteps:
+    """One user's step, called through its graphs.
+
+    Args:
+        step: ``step(carry, x) -> (carry, y)``.
+        inputs: x of every step.
+        carry: Structure of the carry.
+        like: Leaves of one carry.
+        wants_x: Which leaves of x need a cotangent.
+
+    Raises:
+        CaptureFailed: The step was found impossible to capture before.
+    """
+
+    def __init__(
+        self, step: Callable[..., Any], inputs: Inputs, carry: Structure, like: Leaves, wants_x: list[bool]
+    ) -> None:
+        x = inputs.leaves(0)
+        self._captured = _captured(step, carry, inputs.structure, [*like, *x])
+        if self._captured.failure is not None:
+            raise CaptureFailed(self._captured.failure)
+        self._step = step
+        self._tape = Tape(self._captured, step)
+        self._carry, self._inputs, self._wants_x = carry, inputs, wants_x
+        self._like = [(leaf.shape, leaf.dtype) for leaf in like]
+        self._first = True
+        self.y: Structure | None = None
+        """Of what steps return beside the carry; None before the first call."""
+
+    @property
+    def checked(self) -> bool:
+        """Whether the graphs were held against the step itself before."""
+        return self._captured in _checked
+
+    def settle(self, disagreement: str | None) -> None:
+        """Trust the graphs from now on, or never again.
+
+        Raises:
+            CaptureFailed: There is a disagreement.
+        """
+        if disagreement is not None:
+            self._captured.failure = disagreement
+            raise CaptureFailed(disagreement)
+        _checked.add(self._captured)
+
+    def spare_block(self) -> Block:
+        """Room for the residuals of one step, outside any budget."""
+        nbytes = self.block_nbytes(1)
+        room = np.empty(nbytes + 64, np.uint8)
+        start = -room.ctypes.data % 64
+        return self._tape.block(room[start : start + nbytes])
+
+    def try_step(
+        self, carry: Leaves, x: Leaves
+    ) -> tuple[Leaves, Leaves, list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Results of step 0, and the cotangents of carry and x for cotangents of one."""
+        block = self.spare_block()
+        new_carry, y, number = self.record(0, carry, x, block, 0)
+        ones = ones_like([*new_carry, *y])
+        bars = self.pull_back(number, block, 0, x, list(ones[: len(new_carry)]), list(ones[len(new_carry) :]))
+        return new_carry, y, totals(bars[0]), totals(bars[1])
+
+    def forget(self) -> None:
+        """Start anew, as if no step had been run: what was pulled back so far does not count."""
+        self._tape = Tape(self._captured, self._step)
+
+    def running(self) -> AbstractContextManager[None]:
+        """Hold this around each sweep."""
+        return self._tape.running()
+
+    def _x(self, x: Leaves) -> list[Any]:
+        if any(self._wants_x):
+            for leaf, wants in zip(x, self._wants_x, strict=True):
+                leaf.requires_grad_(wants)
+        return self._inputs.structure.expand(x)
+
+    def _leaves(self, index: int, carry: list[Any], y: list[Any]) -> tuple[Leaves, Leaves]:
+        if self._first:
+            self._learn(index, carry, y)
+        return self._carry.contract(carry), [leaf for leaf in y if leaf is not None]
+
+    def _learn(self, index: int, carry: list[Any], y: list[Any]) -> None:
+        """Check the first results; the graphs are guarded, so later ones are like them."""
+        for position, (leaf, like) in enumerate(zip(self._carry.contract(carry), self._like, strict=True)):
+            if (leaf.shape, leaf.dtype) != like:
+                raise StepError(
+                    f"step {index} changed carry leaf {position} from {like[1]}{list(like[0])} to "
+                    f"{leaf.dtype}{list(leaf.shape)}; a carry keeps its type"
+                )
+        self.y = Structure(self._captured.y_spec, tuple(leaf is not None for leaf in y))
+        self._first = False
+
+    def advance(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
+        """Run one step, keeping nothing."""
+        return self._leaves(index, *self._tape.advance(self._carry.expand(carry), self._x(x)))
+
+    def record(self, index: int, carry: Leaves, x: Leaves, block: Block, position: int) -> tuple[Leaves, Leaves, int]:
+        """Run one step and keep its residuals; the number names the graph it took."""
+        new_carry, y, number = self._tape.record(self._carry.expand(carry), self._x(x), block, position)
+        return *self._leaves(index, new_carry, y), number
+
+    def pull_back(
+        self, number: int, block: Block, position: int, x: Leaves, carry_bar: list[Cotangent], y_bar: list[Cotangent]
+    ) -> tuple[list[Cotangent], list[Cotangent]]:
+        """Cotangents of the carry and x of one step, from its residuals."""
+        assert self.y is not None
+        carry, of_x = self._tape.pull_back(
+            number,
+            block,
+            position,
+            x=self._inputs.structure.expand(x),
+            carry_cotangents=self._carry.expand(carry_bar),
+            y_cotangents=self.y.expand(y_bar),
+        )
+        return self._carry.contract(carry), self._inputs.structure.contract(of_x)
+
+    def needs_x(self, number: int) -> bool:
+        """Whether `pull_back` reads x."""
+        return self._tape.needs_x(number)
+
+    def block(self, slot: Slot) -> Block:
+        """The slot as a residual block; made once a slot."""
+        if slot.views is None:
+            slot.views = self._tape.block(slot.data)
+        return slot.views  # type: ignore[no-any-return]
+
+    def block_nbytes(self, steps: int) -> int:
+        """Bytes of a block of consecutive steps; known after the first call."""
+        return self._captured.block_nbytes(steps)
+
+    @property
+    def stride_nbytes(self) -> int:
+        """Bytes each further step of a block takes."""
+        return self._captured.stride_nbytes
+
+    def closed_over(self) -> Leaves:
+        """Every tensor requiring a gradient that steps run so far have used, beside carry and x."""
+        return [tensor for tensor, _ in self._tape.gradients()]
+
+    def begin_reverse(self, closed: Leaves) -> None:
+        """Check that nothing was changed since; the tape accumulates by itself."""
+        self._tape.check_unmodified()
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """What `pull_back` has accumulated, in the order of `closed_over`."""
+        return [gradient for _, gradient in self._tape.gradients()]
+
+
+def totals(cotangents: list[Cotangent]) -> list[torch.Tensor | None]:
+    """Cotangents as plain tensors."""
+    return [total(cotangent) for cotangent in cotangents]

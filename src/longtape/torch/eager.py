@@ -1,0 +1,305 @@
+"""The user's step run as it is: plain calls forward, plain autograd for the adjoint.
+
+Owns how a step is called, how the tensors it closes over are found, and how its
+adjoint is taken.  Knows no sweep, slot or plan.
+
+How closed-over tensors are found.  In the forward sweep the step runs without
+gradients on detached carry and inputs, so any tensor that requires a gradient and
+reaches an operator was closed over (or was made inside the step, and is gone after
+it).  When the adjoint is taken, the step's graph is walked: an edge that leaves it
+towards a tensor not found before is an error, never a lost gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longtape.errors import StepError
+from longtape.torch.inputs import Inputs
+from longtape.torch.structure import Leaves, Structure, flatten
+
+Cotangents = list[torch.Tensor | None]
+
+
+class Ambient:
+    """The autocast state at the time of the call, to be the same whenever a step runs again."""
+
+    def __init__(self, devices: Iterable[str]) -> None:
+        self._settings = [
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in sorted(set(devices))
+        ]
+        self._cache = torch.is_autocast_cache_enabled()
+        self.is_trivial = not any(enabled for _, _, enabled in self._settings)
+
+    def __call__(self) -> ExitStack:
+        stack = ExitStack()
+        if self.is_trivial and not any(torch.is_autocast_enabled(device) for device, _, _ in self._settings):
+            return stack
+        for device, dtype, enabled in self._settings:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
+        return stack
+
+
+def _tensors(args: Any) -> Iterator[torch.Tensor]:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
+
+
+class Closures(TorchDispatchMode):
+    """Notes the tensors that require a gradient and reach an operator while gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._found: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.some_died = False
+        """Whether the step made tensors of its own that require a gradient."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors(args):
+            if tensor.requires_grad and id(tensor) not in self._found:
+                self._note(tensor)
+        if kwargs:
+            for tensor in _tensors(kwargs.values()):
+                if tensor.requires_grad and id(tensor) not in self._found:
+                    self._note(tensor)
+            return func(*args, **kwargs)
+        return func(*args)
+
+    def _note(self, tensor: torch.Tensor) -> None:
+        identity = id(tensor)
+
+        def forget(_: object) -> None:
+            self._found.pop(identity, None)
+            self.some_died = True
+
+        self._found[identity] = weakref.ref(tensor, forget)
+
+    def tensors(self) -> Leaves:
+        """Those still alive, in the order they were met."""
+        return [tensor for ref in self._found.values() if (tensor := ref()) is not None]
+
+
+class _Created(TorchDispatchMode):
+    """Keeps the tensors that operators return, so that leaves made inside a step can be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[int, torch.Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
+            self.made[id(tensor)] = tensor
+        return result
+
+
+def differentiable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of this dtype can have a gradient."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def ones_like(leaves: Leaves) -> Cotangents:
+    """Cotangents of one for the leaves that can have any."""
+    return [torch.ones_like(leaf, requires_grad=False) if differentiable(leaf) else None for leaf in leaves]
+
+
+@dataclass(slots=True)
+class Tape:
+    """The autograd graph of one step, waiting for its adjoint."""
+
+    step: int
+    carry_in: Leaves
+    x_in: Leaves
+    carry_out: Leaves
+    y_out: Leaves
+
+
+class EagerStep:
+    """One user's step, called on leaves.
+
+    Args:
+        step: ``step(carry, x) -> (carry, y)``.
+        inputs: Rebuilds x from its leaves.
+        carry: Rebuilds the carry from its leaves.
+        ambient: Autocast state to run under.
+        wants_x: Which leaves of x need a cotangent.
+    """
+
+    def __init__(
+        self, step: Callable[[Any, Any], Any], inputs: Inputs, carry: Structure, ambient: Ambient, wants_x: list[bool]
+    ) -> None:
+        self._step, self._inputs, self._ambient = step, inputs, ambient
+        self._carry = carry
+        self._wants_x = wants_x
+        self.y: Structure | None = None
+        """Of what steps return beside the carry; None before the first call."""
+        self._y_like: list[tuple[torch.Size, torch.dtype]] | None = None
+        self._closures = Closures()
+        self._mutates_carry = False
+        self._gradients: dict[int, torch.Tensor] = {}
+        self._owned: set[int] = set()
+        self._closed: Leaves = []
+        self._closed_ids: set[int] = set()
+        self._outside_nodes: set[Any] = set()
+
+    # Calling ---------------------------------------------------------------------------------
+
+    def _call(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
+        versions = [tensor._version for tensor in carry], [tensor._version for tensor in x]
+        result = self._step(self._carry.build(carry), self._inputs.structure.build(x))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise StepError(f"step {index} must return (carry, y), not {type(result).__name__}")
+        carry_out = self._check_carry(index, result[0], carry)
+        y_out = self._check_y(index, result[1])
+        if [tensor._version for tensor in x] != versions[1]:
+            raise StepError(f"step {index} modifies its input x in place, which would change what it is run on again")
+        self._mutates_carry |= [tensor._version for tensor in carry] != versions[0]
+        return carry_out, y_out
+
+    def _check_carry(self, index: int, tree: Any, carry: Leaves) -> Leaves:
+        leaves, structure = flatten(tree)
+        if structure != self._carry:
+            raise StepError(
+                f"step {index} returned a carry of another structure: {structure.spec} instead of {self._carry.spec}"
+            )
+        for position, (leaf, before) in enumerate(zip(leaves, carry, strict=True)):
+            if not isinstance(leaf, torch.Tensor):
+                raise StepError(f"step {index} returned a {type(leaf).__name__} as carry leaf {position}, not a tensor")
+            if leaf.shape != before.shape or leaf.dtype != before.dtype or leaf.device != before.device:
+                raise StepError(
+                    f"step {index} changed carry leaf {position} from {before.dtype}{list(before.shape)} on "
+                    f"{before.device} to {leaf.dtype}{list(leaf.shape)} on {leaf.device}; a carry keeps its type"
+                )
+        return leaves
+
+    def _check_y(self, index: int, tree: Any) -> Leaves:
+        leaves, structure = flatten(tree)
+        for leaf in leaves:
+            if not isinstance(leaf, torch.Tensor):
+                raise StepError(f"step {index} returned a {type(leaf).__name__} in y, not a tensor")
+        like = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        if self._y_like is None:
+            self.y, self._y_like = structure, like
+        elif like != self._y_like or structure != self.y:
+            raise StepError(f"step {index} returned y as {like}; earlier steps returned {self._y_like}")
+        return leaves
+
+    def advance(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
+        """Run one step without gradients."""
+        with torch.no_grad(), self._ambient(), self._closures:
+            carry, y = self._call(index, carry, x)
+        return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
+
+    def closed_over(self) -> Leaves:
+        """Every tensor requiring a gradient that steps run so far have used, beside carry and x."""
+        return self._closures.tensors()
+
+    def forget(self) -> None:
+        """Drop what was accumulated."""
+        self._gradients, self._owned = {}, set()
+
+    def try_step(self, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
+        """Results of step 0, and the cotangents of carry and x for cotangents of one."""
+        self.advance(0, carry, x)
+        self.begin_reverse(self.closed_over())
+        _, tape = self.tape(0, carry, x)
+        ones = ones_like(tape.carry_out + tape.y_out)
+        bars = self.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
+        return tape.carry_out, tape.y_out, *bars
+
+    # Adjoint ---------------------------------------------------------------------------------
+
+    def begin_reverse(self, closed: Leaves) -> None:
+        """Start accumulating cotangents of the closed-over tensors, from nothing."""
+        self._closed, self._gradients, self._owned = closed, {}, set()
+        self._closed_ids = {id(tensor) for tensor in closed}
+        self._outside_nodes = {tensor.grad_fn for tensor in closed if tensor.grad_fn is not None}
+
+    def tape(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Tape]:
+        """Run one step with gradients; returns the detached carry and the graph."""
+        made: dict[int, torch.Tensor] = {}
+        with torch.enable_grad(), ExitStack() as stack:
+            stack.enter_context(self._ambient())
+            carry_in = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
+            x_in = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
+            if self._closures.some_died:
+                made = stack.enter_context(_Created()).made
+            # A leaf that requires a gradient must not be written to; a copy of it may.
+            given = [leaf.clone() for leaf in carry_in] if self._mutates_carry else carry_in
+            newest = torch.zeros((), requires_grad=True).clone().grad_fn
+            carry_out, y_out = self._call(index, given, x_in)
+            self._check_graph(index, newest, carry_in + x_in, carry_out + y_out, made)
+        return [leaf.detach() for leaf in carry_out], Tape(index, carry_in, x_in, carry_out, y_out)
+
+    def _check_graph(self, index: int, newest: Any, own: Leaves, outputs: Leaves, made: dict[int, torch.Tensor]) -> None:
+        """Every edge that leaves the step's graph must lead to a tensor whose cotangent is accounted for."""
+        first = newest._sequence_nr()
+        known = {id(tensor) for tensor in own} | self._closed_ids
+        seen: set[Any] = set()
+        pending = [leaf.grad_fn for leaf in outputs if leaf.grad_fn is not None]
+        while pending:
+            node = pending.pop()
+            if node in seen or node in self._outside_nodes:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if variable is not None:
+                if id(variable) not in known and id(variable) not in made:
+                    raise _unknown_closure(index, variable)
+            elif node._sequence_nr() < first:
+                raise _unknown_closure(index, None)
+            else:
+                pending.extend(child for child, _ in node.next_functions if child is not None)
+
+    def pull_back(self, tape: Tape, carry_bar: Cotangents, y_bar: Cotangents) -> tuple[Cotangents, Cotangents]:
+        """Cotangents of the carry and x that one step was given; those of closed-over tensors accumulate."""
+        outputs, seeds = [], []
+        for leaf, bar in zip(tape.carry_out + tape.y_out, [*carry_bar, *y_bar], strict=True):
+            if bar is not None and leaf.requires_grad:
+                outputs.append(leaf)
+                seeds.append(bar)
+        own = [leaf for leaf in tape.carry_in + tape.x_in if leaf.requires_grad]
+        targets = own + self._closed
+        if not outputs or not targets:
+            found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
+        else:
+            found = iter(torch.autograd.grad(outputs, targets, seeds, allow_unused=True))
+        bars = [next(found) if leaf.requires_grad else None for leaf in tape.carry_in + tape.x_in]
+        for tensor, gradient in zip(self._closed, found, strict=True):
+            if gradient is not None:
+                self._accumulate(tensor, gradient)
+        count = len(tape.carry_in)
+        return bars[:count], bars[count:]
+
+    def _accumulate(self, tensor: torch.Tensor, gradient: torch.Tensor) -> None:
+        identity = id(tensor)
+        kept = self._gradients.get(identity)
+        if kept is None:
+            self._gradients[identity] = gradient  # perhaps shared with a cotangent still in use: not to be written to
+        elif identity in self._owned and not gradient.is_sparse:
+            kept.add_(gradient)
+        else:
+            self._gradients[identity] = kept + gradient
+            self._owned.add(identity)
+
+    def gradients(self) -> Cotangents:
+        """What `pull_back` has accumulated, in the order of the closed-over tensors."""
+        return [self._gradients.get(id(tensor)) for tensor in self._closed]
+
+
+def _unknown_closure(index: int, variable: torch.Tensor | None) -> StepError:
+    what = "a tensor" if variable is None else f"a tensor of shape {list(variable.shape)}"
+    return StepError(
+        f"when step {index} was run again for its adjoint it used {what} requiring a gradient that it did not use in "
+        "the forward sweep, so the gradient would be lost; make the step depend on carry, x and fixed tensors only"
+    )

@@ -1,0 +1,344 @@
+"""A scan as a job: carries as working state, snapshots as bytes, adjoints by window.
+
+Owns the working carry, the stacked outputs and the cotangents of one scan.  The step
+itself is run by a stepper: as it is (`EagerStep`), with windows taped and reversed in
+one go, or as captured graphs (`CapturedSteps`), with residuals recorded as bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from longtape.errors import StepError
+from longtape.layout import Fields
+from longtape.measure import JobCosts
+from longtape.protocols import Slot
+from longtape.torch.captured import CapturedSteps, totals
+from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
+from longtape.torch.inputs import Inputs
+from longtape.torch.structure import Leaves
+from longtape.torch.tape import Cotangent
+
+
+class Randomness:
+    """The state of the CPU generator, kept as one more leaf of a snapshot when steps draw from it."""
+
+    def __init__(self) -> None:
+        self.at_start = torch.get_rng_state()
+        self.used = False
+
+    def note(self) -> bool:
+        """Whether random numbers were drawn since the start."""
+        self.used = self.used or not torch.equal(torch.get_rng_state(), self.at_start)
+        return self.used
+
+
+@dataclass(slots=True)
+class Outputs:
+    """Stacked y of every step; allocated when the first one is seen."""
+
+    steps: int
+    leaves: Leaves | None = None
+
+    def put(self, step: int, y: Leaves) -> None:
+        if self.leaves is None:
+            self.leaves = [leaf.new_empty((self.steps, *leaf.shape)) for leaf in y]
+        with torch.no_grad():
+            for stack, leaf in zip(self.leaves, y, strict=True):
+                stack[step].copy_(leaf)
+
+
+class RandomnessAppeared(Exception):
+    """Steps began to draw random numbers after snapshots were laid out without their state."""
+
+
+class ScanJob:
+    """The `Job` of a scan.
+
+    Args:
+        stepper: Runs the step.
+        init: Leaves of state 0; never modified.
+        inputs: x of every step.
+        steps: N.
+        randomness: Noted before the first step ran.
+    """
+
+    def __init__(
+        self,
+        stepper: EagerStep | CapturedSteps,
+        init: Leaves,
+        inputs: Inputs,
+        steps: int,
+        randomness: Randomness,
+    ) -> None:
+        self.stepper, self.inputs, self.steps = stepper, inputs, steps
+        self.init = [leaf.detach() for leaf in init]
+        self.outputs = Outputs(steps)
+        self.randomness = randomness
+        self.carry: Leaves = []
+        self._reached = 0
+        self._carry_bar: list[Cotangent] = []
+        self._numbers: dict[int, tuple[int, ...]] = {}
+        """For each recorded window, the graph each of its steps took; equal tuples are one object."""
+        self._patterns: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._ys_bar: Cotangents = []
+        self._xs_bar: Cotangents = []
+        self._measured: JobCosts | None = None
+        self.tape_nbytes = 0
+        self.load_initial()
+
+    # State -----------------------------------------------------------------------------------
+
+    def layout(self) -> Fields:
+        """How a snapshot is laid out; decides once and for all whether random state is part of it."""
+        sizes = [leaf.numel() * leaf.element_size() for leaf in self.init]
+        self._keeps_random = self.randomness.used
+        if self._keeps_random:
+            sizes.append(self.randomness.at_start.numel())
+        self._fields = Fields(sizes)
+        return self._fields
+
+    def _views(self, slot: Slot) -> Leaves:
+        if slot.views is None:
+            parts = [torch.from_numpy(part) for part in self._fields.split(slot.data)]
+            typed = [
+                part.view(leaf.dtype).view(leaf.shape) if leaf.numel() else leaf.new_empty(leaf.shape)
+                for part, leaf in zip(parts, self.init, strict=False)
+            ]
+            slot.views = typed + parts[len(self.init) :]
+        return slot.views  # type: ignore[no-any-return]
+
+    def save(self, slot: Slot) -> Slot:
+        views = self._views(slot)
+        with torch.no_grad():
+            for view, leaf in zip(views, self.carry, strict=False):
+                view.copy_(leaf)
+        if self._keeps_random:
+            views[-1].copy_(torch.get_rng_state())
+        return slot
+
+    def load(self, slot: Slot) -> None:
+        views = self._views(slot)
+        self.carry = [
+            view.clone() if leaf.device == view.device else view.to(leaf.device)
+            for view, leaf in zip(views, self.init, strict=False)
+        ]
+        if self._keeps_random:
+            torch.set_rng_state(views[-1])
+
+    def load_initial(self) -> None:
+        # A copy: the step may update its carry in place, and the caller's tensors are not ours to change.
+        self.carry = [leaf.clone() for leaf in self.init]
+        if self.randomness.used:
+            torch.set_rng_state(self.randomness.at_start)
+
+    def yield_slot(self, slot: Slot) -> Slot:
+        return slot
+
+    # Steps -----------------------------------------------------------------------------------
+
+    def advance(self, start: int, stop: int) -> int:
+        step, inputs = self.stepper, self.inputs
+        for index in range(start, stop):
+            self.carry, y = step.advance(index, self.carry, inputs.leaves(index))
+            self._put(index, y)
+        self._check_randomness()
+        return stop
+
+    def _put(self, index: int, y: Leaves) -> None:
+        if index >= self._reached:
+            if y:
+                self.outputs.put(index, y)
+            self._reached = index + 1
+
+    def _check_randomness(self) -> None:
+        if not self._keeps_random and self.randomness.note():
+            raise RandomnessAppeared
+
+    def adopt(self, slots: list[Slot]) -> None:
+        raise NotImplementedError
+
+    def turn(self) -> None:
+        pass
+
+    def begin_reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, closed: Leaves, wants_x: list[bool]) -> None:
+        """Set the cotangents of the final carry and of the stacked outputs."""
+        self._carry_bar, self._ys_bar = list(carry_bar), ys_bar
+        self._xs_bar = [
+            torch.zeros_like(leaf) if wants else None
+            for leaf, wants in zip(self.inputs.stacked, wants_x, strict=True)
+        ]
+        self.stepper.begin_reverse(closed)
+
+    def reverse(self, start: int, stop: int) -> None:
+        assert isinstance(self.stepper, EagerStep)
+        tapes = []
+        carry = self.carry
+        for index in range(start, stop):
+            carry, tape = self.stepper.tape(index, carry, self.inputs.leaves(index))
+            tapes.append(tape)
+        while tapes:
+            tape = tapes.pop()
+            y_bar = self._y_bar(tape.step, len(tape.y_out))
+            self._carry_bar, x_bar = self.stepper.pull_back(tape, self._carry_bar, y_bar)
+            self._keep_x_bar(tape.step, x_bar)
+
+    def _y_bar(self, step: int, count: int) -> Cotangents:
+        return [None if bar is None else bar[step] for bar in self._ys_bar] if self._ys_bar else [None] * count
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        steps = self.stepper
+        assert isinstance(steps, CapturedSteps)
+        block, numbers = steps.block(slot), []
+        for index in range(start, stop):
+            self.carry, y, number = steps.record(
+                index, self.carry, self.inputs.leaves(index), block, index - start
+            )
+            self._put(index, y)
+            numbers.append(number)
+        self._check_randomness()
+        pattern = tuple(numbers)
+        self._numbers[start] = self._patterns.setdefault(pattern, pattern)
+        return stop
+
+    def pull_back(self, start: int, stop: int, slot: Slot) -> None:
+        steps = self.stepper
+        assert isinstance(steps, CapturedSteps)
+        block, numbers = steps.block(slot), self._numbers.pop(start)
+        count = len(self._ys_bar)
+        none_of_x: Any = [None] * len(self.inputs.structure.contract(self.inputs.structure.present))
+        for index in range(stop - 1, start - 1, -1):
+            number = numbers[index - start]
+            x = self.inputs.leaves(index) if steps.needs_x(number) else none_of_x
+            y_bar = self._y_bar(index, count)
+            self._carry_bar, x_bar = steps.pull_back(number, block, index - start, x, self._carry_bar, y_bar)
+            if self._xs_bar:
+                self._keep_x_bar(index, totals(x_bar))
+
+    def _keep_x_bar(self, step: int, x_bar: Cotangents) -> None:
+        for stack, bar in zip(self._xs_bar, x_bar, strict=False):
+            if stack is not None and bar is not None:
+                stack[step] = bar
+
+    def end_reverse(self, closed: Leaves) -> tuple[Cotangents, Cotangents, Cotangents]:
+        """Cotangents of init, of the stacked xs and of the closed-over tensors."""
+        found = {id(t): bar for t, bar in zip(self.stepper.closed_over(), self.stepper.gradients(), strict=True)}
+        if lost := found.keys() - {id(tensor) for tensor in closed}:
+            raise StepError(
+                f"when steps were run again they used {len(lost)} tensors requiring a gradient that they did not use "
+                "in the forward sweep; make the step depend on carry, x and fixed tensors only"
+            )
+        return totals(self._carry_bar), self._xs_bar, [found.get(id(tensor)) for tensor in closed]
+
+    # Measuring -------------------------------------------------------------------------------
+
+    def measure(self) -> JobCosts:
+        """Time step 0 forward and through its adjoint; nothing is kept of it."""
+        if self._measured is None:
+            self._measured = self._time()
+        return self._measured
+
+    def _time(self) -> JobCosts:
+        clock, x = time.perf_counter, self.inputs.leaves(0)
+
+        def forward() -> float:
+            self.load_initial()
+            began = clock()
+            self.stepper.advance(0, self.carry, x)
+            return clock() - began
+
+        def busy() -> None:
+            forward()
+
+        seconds = min(forward() for _ in range(3))
+        if isinstance(self.stepper, CapturedSteps):
+            costs = self._time_recording(self.stepper, seconds)
+        else:
+            costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
+        self.load_initial()
+        return replace(costs, busy=busy, restore=self.load_initial)
+
+    def _time_recording(self, steps: CapturedSteps, forward: float) -> JobCosts:
+        """Record step 0 and pull back through it a few times; nothing is kept of it."""
+        block = steps.spare_block()
+        clock, x = time.perf_counter, self.inputs.leaves(0)
+        record, pull_back = [], []
+        for _ in range(3):
+            self.load_initial()
+            began = clock()
+            carry, y, number = steps.record(0, self.carry, x, block, 0)
+            turned = clock()
+            ones = ones_like([*carry, *y])
+            ready = clock()
+            steps.pull_back(number, block, 0, x, list(ones[: len(carry)]), list(ones[len(carry) :]))
+            record.append(turned - began)
+            pull_back.append(clock() - ready)
+        steps.forget()
+        return JobCosts(
+            forward=forward, reverse=min(record) + min(pull_back), record=min(record), pull_back=min(pull_back)
+        )
+
+    def _time_taping(self, step: EagerStep) -> float:
+        """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
+        clock, x, seconds = time.perf_counter, self.inputs.leaves(0), []
+        for _ in range(3):
+            self.load_initial()
+            step.begin_reverse(step.closed_over())
+            began = clock()
+            tape = self._tape_first(step, x)
+            ones = ones_like(tape.carry_out + tape.y_out)
+            step.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
+            seconds.append(clock() - began)
+        return min(seconds)
+
+    def _tape_first(self, step: EagerStep, x: Leaves) -> Tape:
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, tape = step.tape(0, self.carry, x)
+        for tensor in [*step.closed_over(), *self.inputs.stacked]:
+            saved.pop(tensor.untyped_storage().data_ptr(), None)
+        self.tape_nbytes = sum(saved.values())
+        return tape
+
+
+def disagreement(captured: ScanJob, eager: ScanJob) -> str | None:
+    """Why captured graphs cannot stand for the step, or None: both run step 0 forward and back."""
+    ours, theirs = _first_step(captured), _first_step(eager)
+    if ours.keys() != theirs.keys():
+        return "on step 0, they close over other tensors than the step run as it is"
+    wrong = [name for name in ours if not _agree(ours[name], theirs[name])]
+    return f"on step 0, {wrong[0][0]} differs from that of the step run as it is" if wrong else None
+
+
+def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return all(part is None or not part.any() for part in (a, b))
+    if not differentiable(a):
+        return torch.equal(a, b)
+    tolerance = 3.0 * torch.finfo(a.dtype).eps ** 0.5
+    size = float(torch.nan_to_num(b).abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
+
+
+def _first_step(job: ScanJob) -> dict[tuple[str, int], torch.Tensor | None]:
+    """Results of step 0, its cotangents for cotangents of one, and the gradients of closed-over tensors."""
+    job.load_initial()
+    carry, y, carry_bar, x_bar = job.stepper.try_step(job.carry, job.inputs.leaves(0))
+    job.load_initial()
+    parts = {"a leaf of the carry": carry, "a leaf of y": y}
+    parts |= {"the gradient of a carry leaf": carry_bar, "the gradient of an x leaf": x_bar}
+    named = {(name, k): leaf for name, leaves in parts.items() for k, leaf in enumerate(leaves)}
+    for tensor, bar in zip(job.stepper.closed_over(), job.stepper.gradients(), strict=True):
+        named["the gradient of a closed-over tensor", id(tensor)] = bar
+    job.stepper.forget()
+    return named

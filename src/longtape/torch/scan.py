@@ -1,0 +1,292 @@
+"""`scan`: a differentiable loop over steps, in a fixed memory budget.
+
+Owns the contract with the user and with autograd.  The sweeps are a run
+(`longtape.compose`) of a `ScanJob`.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from longtape.compose import Run, Settings, Traits
+from longtape.errors import UsageError
+from longtape.plan.choose import Choice
+from longtape.protocols import Observer, Tier
+from longtape.torch.blocks import RoomExceeded
+from longtape.torch.captured import CapturedSteps
+from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
+from longtape.torch.graphs import CaptureFailed
+from longtape.torch.inputs import Inputs, as_inputs
+from longtape.torch.job import Randomness, RandomnessAppeared, ScanJob, disagreement
+from longtape.torch.structure import Leaves, Structure, flatten
+
+Step = Callable[[Any, Any], tuple[Any, Any]]
+
+CAPTURED_FROM = 256
+"""Steps from which on it pays to spend the seconds that capturing a step takes."""
+
+MOST_RESTARTS = 10
+"""How often a forward sweep may begin anew because a step showed something new."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the caller wants to be told."""
+
+    on_plan: Callable[[Choice], None] | None
+    on_report: Callable[[Run], None] | None
+
+
+def scan(
+    step: Step,
+    init: Any,
+    xs: Any = None,
+    length: int | None = None,
+    *,
+    memory: int | str,
+    disk: str | os.PathLike[str] | None = None,
+    disk_limit: int | str | None = None,
+    observers: Sequence[Observer] = (),
+    tier: Tier | None = None,
+    on_plan: Callable[[Choice], None] | None = None,
+    on_report: Callable[[Run], None] | None = None,
+    capture: bool | None = None,
+) -> tuple[Any, Any]:
+    """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
+
+    The contract is that of ``jax.lax.scan``.  Gradients reach `init`, stacked `xs` and every
+    tensor the step closes over, which are found without being listed.  Where no gradient
+    is wanted nothing is stored.
+
+    Args:
+        step: Takes and returns pytrees of tensors.  It may be run more than once on the
+            same arguments, so it must depend on nothing else that changes; random numbers
+            and autocast are replayed.
+        init: The first carry; a pytree of tensors.  Never modified.
+        xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
+            and indexing that returns the x of one step, read as needed and never held whole;
+            or None, with `length`.
+        length: The number of steps, where `xs` does not tell it.
+        memory: Most bytes held for snapshots, residuals and staging together, such as
+            ``"64MiB"``.  The step's own working set is not counted, nor are `xs`, the stacked
+            ys and the gradients returned.
+        disk: Directory for a private scratch file; None recomputes within memory.
+        disk_limit: Most bytes of it.
+        observers: Objects with `on_action` and `on_transfer`.
+        tier: Storage to use in place of a scratch file.
+        on_plan: Called with the chosen plan before the forward sweep.
+        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        capture: Turn the step into explicit forward and backward graphs, so that residuals can be
+            stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
+            None does so from 256 steps on.  A step that cannot be captured is run as it is, and
+            the report says why.
+
+    Returns:
+        The final carry, and the ys stacked along a new first dimension.
+
+    Raises:
+        UsageError: An argument that cannot be honoured, or a step that breaks the contract.
+        BudgetError: `memory` is less than one carry.
+        Exception: Whatever the step raises, with a note naming the step.
+    """
+    inputs, steps = as_inputs(xs, length)
+    init_leaves, carry = flatten(init)
+    for position, leaf in enumerate(init_leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if steps < 1:
+        raise UsageError(f"a scan needs at least one step, not {steps}")
+    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
+    call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
+    call.captures = steps >= CAPTURED_FROM if capture is None else capture
+    return call.run()
+
+
+class _Call:
+    """One call of `scan`: what is needed to run its sweeps, again if must be."""
+
+    captures = False
+    """Whether to run captured graphs; turned off for good where the step cannot be captured."""
+
+    def __init__(
+        self,
+        step: Step,
+        init: Leaves,
+        carry: Structure,
+        inputs: Inputs,
+        steps: int,
+        settings: Settings,
+        hooks: Hooks,
+    ) -> None:
+        self.init, self.inputs, self.steps = init, inputs, steps
+        self._step, self._carry, self._settings, self._hooks = step, carry, settings, hooks
+        self._ambient = Ambient(leaf.device.type for leaf in [*init, *inputs.stacked] or [torch.empty(0)])
+        self._randomness = Randomness()
+        self._notes: list[str] = []
+        self.closed: Leaves = []
+        self.pending: _Pending | None = None
+
+    def run(self) -> tuple[Any, Any]:
+        job = self._new_job()
+        if not torch.is_grad_enabled() or not self._wants_gradient(job):
+            job.advance(0, self.steps)
+            return self._results(job, job.carry, job.outputs.leaves or [])
+        self.pending = self._forward()
+        job = self.pending.job
+        self.closed = job.stepper.closed_over()
+        given = [*self.init, *self.inputs.stacked, *self.closed]
+        outputs = _Scan.apply(self, [*job.carry, *(job.outputs.leaves or [])], *given)
+        count = len(self.init)
+        return self._results(job, list(outputs[:count]), list(outputs[count:]))
+
+    def _new_job(self, *, capture: bool = False) -> ScanJob:
+        first = self.inputs.leaves(0)
+        # Inputs read lazily get no cotangent.
+        wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
+        stepper: EagerStep | CapturedSteps
+        if capture:
+            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants)
+        else:
+            stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
+        job = ScanJob(stepper, self.init, self.inputs, self.steps, self._randomness)
+        job.layout()
+        return job
+
+    def _wants_gradient(self, job: ScanJob) -> bool:
+        """Run step 0 to see what it closes over, whether it draws random numbers, and what it returns."""
+        if any(leaf.requires_grad for leaf in [*self.init, *self.inputs.stacked]):
+            return True
+        job.stepper.advance(0, job.carry, self.inputs.leaves(0))
+        self._randomness.note()
+        job.load_initial()
+        job.layout()
+        return bool(job.stepper.closed_over())
+
+    def _results(self, job: ScanJob, carry: Leaves, ys: Leaves) -> tuple[Any, Any]:
+        assert job.stepper.y is not None
+        return self._carry.build([leaf.detach() if not leaf.grad_fn else leaf for leaf in carry]), job.stepper.y.build(ys)
+
+    # Sweeps --------------------------------------------------------------------------------------
+
+    def _forward(self) -> _Pending:
+        """Run the forward sweep, through captured graphs if they can be had."""
+        for _ in range(MOST_RESTARTS):
+            try:
+                job = self._new_job(capture=self.captures)
+                with self._around(job):
+                    return self._forward_of(job)
+            except CaptureFailed as error:
+                self.captures = False
+                self._notes.append(f"the step is run as it is, because it could not be captured: {error}")
+            except RandomnessAppeared:
+                self._randomness.used = True
+            except RoomExceeded:
+                pass  # a step took another path; the graphs now know how much room it needs
+        self.captures = False
+        self._notes.append("the step is run as it is, because it takes another path again and again")
+        job = self._new_job()
+        with self._around(job):
+            return self._forward_of(job)
+
+    def _around(self, job: ScanJob) -> AbstractContextManager[None]:
+        return job.stepper.running() if isinstance(job.stepper, CapturedSteps) else nullcontext()
+
+    def _forward_of(self, job: ScanJob) -> _Pending:
+        with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
+            costs = job.measure()
+            self._check_capture(job)
+            self._randomness.note()
+            job.load_initial()
+            layout = job.layout()
+            records = isinstance(job.stepper, CapturedSteps)
+            traits = Traits(
+                title="scan",
+                steps=self.steps,
+                state_nbytes=max(1, layout.nbytes),
+                residual_nbytes=job.stepper.stride_nbytes if isinstance(job.stepper, CapturedSteps) else None,
+                residual_head_nbytes=job.stepper.block_nbytes(0) if isinstance(job.stepper, CapturedSteps) else 0,
+                tape_nbytes=job.tape_nbytes,
+                max_window=1 if records else min(self.steps, 256),
+                initial_is_free=True,
+                notes=tuple(self._notes),
+            )
+            run = Run(job, traits, self._settings, measure=lambda: costs)
+            if self._hooks.on_plan is not None:
+                self._hooks.on_plan(run.choice)
+            run.forward()
+        return _Pending(run, job)
+
+    def _check_capture(self, job: ScanJob) -> None:
+        """Hold the captured graphs against the step itself, on step 0."""
+        if isinstance(job.stepper, CapturedSteps) and not job.stepper.checked:
+            self._randomness.note()
+            job.stepper.settle(disagreement(job, self._new_job()))
+
+    def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
+        """Cotangents of init, the stacked xs and the closed-over tensors."""
+        after = torch.get_rng_state()
+        try:
+            return self._reverse(carry_bar, ys_bar, wants)
+        except (CaptureFailed, RoomExceeded) as error:
+            # What was pulled back so far is dropped with its job, and the sweeps are run again.
+            self.captures = False
+            self._notes.append(f"the sweeps were run again without captured graphs: {error}")
+            return self._reverse(carry_bar, ys_bar, wants)
+        finally:
+            torch.set_rng_state(after)
+
+    def _reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
+        if self.pending is None:
+            # Autograd goes through this graph once more: what was stored is gone, state 0 is not.
+            self.pending = self._forward()
+        pending, self.pending = self.pending, None
+        job = pending.job
+        first, second = len(self.init), len(self.init) + len(self.inputs.stacked)
+        with self._around(job), self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
+            job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
+            pending.run.reverse()
+        init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
+        if self._hooks.on_report is not None:
+            self._hooks.on_report(pending.run)
+        return [*init_bar, *xs_bar, *closed_bar]
+
+
+class _Pending:
+    """A run between its sweeps; releases it when the graph that waits for it is dropped."""
+
+    def __init__(self, run: Run, job: ScanJob) -> None:
+        self.run, self.job = run, job
+        weakref.finalize(self, run.close)
+
+
+class _Scan(torch.autograd.Function):
+    """Joins a finished forward sweep to autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, results: Leaves, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given)  # so that autograd notices if one of them is modified meanwhile
+        outputs = tuple(leaf.view_as(leaf) for leaf in results)
+        ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
+        _ = ctx.saved_tensors
+        call: _Call = ctx.call
+        count = len(call.init)
+        wants = list(ctx.needs_input_grad[2:])
+        gradients = call.reverse(list(bars[:count]), list(bars[count:]), wants)
+        return None, None, *(bar if wanted else None for bar, wanted in zip(gradients, wants, strict=True))
+
+
