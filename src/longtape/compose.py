@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from longtape.actions import Kind
@@ -46,6 +46,8 @@ class Traits:
     state_nbytes: int
     residual_nbytes: int | None = None
     """Bytes `Job.record` needs a step; None: the job cannot record."""
+    residual_head_nbytes: int = 0
+    """Bytes each residual block takes beyond those of its steps."""
     tape_nbytes: int = 0
     """For a job that reverses several steps at once: bytes each further taped step holds meanwhile."""
     max_window: int = 1
@@ -111,7 +113,7 @@ class Run:
         self._workers = None if self._tier is None else Workers(self._tier, self._clock)
         try:
             costs = settings.costs or self._measure(measure)
-            self.choice = choose(self._problem(), costs)
+            self.choice = self._fitted(choose(self._problem(), costs))
             self.costs = costs
             self._assemble()
         except BaseException:
@@ -173,6 +175,27 @@ class Run:
             read_latency=speed.read_latency,
         )
 
+    def _block_nbytes(self, choice: Choice) -> int:
+        return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)
+
+    def _fitted(self, choice: Choice) -> Choice:
+        """The choice with as many slots, or else blocks, less as the heads of the blocks take."""
+        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
+        over = choice.slots * state + choice.blocks * block - self.memory_nbytes
+        if over <= 0 or not choice.blocks:
+            return choice
+        slots = max(1, choice.slots - -(-over // state))
+        room = self.memory_nbytes - slots * state
+        if room >= block:
+            return replace(choice, slots=slots, blocks=min(choice.blocks, room // block))
+        window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
+        if window < 1:
+            raise BudgetError(
+                f"memory={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one step, "
+                f"{format_bytes(state + block)} together; give at least that, or use capture=False"
+            )
+        return replace(choice, slots=slots, blocks=1, window=window)
+
     def _layout(self) -> Layout:
         choice, traits = self.choice, self._traits
         return Layout(
@@ -189,7 +212,7 @@ class Run:
     def _assemble(self) -> None:
         choice, costs = self.choice, self.costs
         state = self._item_nbytes(self._traits.state_nbytes)
-        block = choice.window * (self._traits.residual_nbytes or 0)
+        block = self._block_nbytes(choice)
         alignment = ALIGNMENT if self._tier is not None and state >= PADDED_FROM else 64
         stock = Stock(choice.slots, choice.blocks, steps=self._traits.steps, clock=self._clock)
         if costs.forward > 0:

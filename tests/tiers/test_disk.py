@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,12 @@ def test_where_no_file_can_be_anonymous_it_loses_its_name_at_once(
     without_anonymous_files(monkeypatch)
     names: list[str] = []
     real = os.unlink
-    monkeypatch.setattr(os, "unlink", lambda name: (names.append(name), real(name)))
+
+    def unlink(name: str) -> None:
+        names.append(name)
+        real(name)
+
+    monkeypatch.setattr(os, "unlink", unlink)
     tier = make()
     status = os.fstat(tier.fileno())
     assert len(names) == 1
@@ -201,7 +207,7 @@ def test_direct_is_what_the_descriptor_says(make: Callable[..., DiskTier]) -> No
         tier = make(direct=direct)
         assert tier.direct == is_direct(tier.fileno())
         assert (tier.fallback_reason is None) == tier.direct
-    assert tier.fallback_reason == "not asked for"
+    assert make(direct=False).fallback_reason == "not asked for"
 
 
 def test_a_file_system_that_refuses_writes_is_used_buffered(
@@ -209,7 +215,7 @@ def test_a_file_system_that_refuses_writes_is_used_buffered(
 ) -> None:
     real = os.pwritev
 
-    def refuse(fd: int, buffers: list[np.ndarray], offset: int) -> int:
+    def refuse(fd: int, buffers: list[Any], offset: int) -> int:
         if is_direct(fd):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return real(fd, buffers, offset)
@@ -335,6 +341,24 @@ def test_a_page_that_cannot_reach_the_disk_is_an_error(
     assert caught.value.errno == errno.EIO
     with pytest.raises(StateError):
         get(tier, 2)
+
+
+def test_what_fills_a_block_up_is_zeros(make: Callable[..., DiskTier]) -> None:
+    """Or bytes of another item would stay on the disk with this one."""
+    tier = make()
+    put(tier, 0)
+    put(tier, 1, 100)
+    size = tier.block_nbytes
+    assert peek(tier, NBYTES, HEADER_AT - NBYTES) == bytes(HEADER_AT - NBYTES)
+    assert peek(tier, 4 * size + 100, size - 100) == bytes(size - 100)
+    assert peek(tier, HEADER_AT + HEADER_NBYTES, size - HEADER_NBYTES) == bytes(size - HEADER_NBYTES)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no /dev/shm")
+def test_memory_is_not_taken_in_advance(make: Callable[..., DiskTier]) -> None:
+    tier = make(Path("/dev/shm"))
+    put(tier, 0)
+    assert tier.file_bytes == tier.bytes_in_use == 16_384
 
 
 # Short transfers ---------------------------------------------------------------------------------
@@ -563,7 +587,7 @@ def test_a_bit_flipped_by_the_system_on_the_way_is_noticed(
     put(tier, 0)
     real = os.preadv
 
-    def flipping(fd: int, buffers: list[np.ndarray], offset: int) -> int:
+    def flipping(fd: int, buffers: list[Any], offset: int) -> int:
         moved = real(fd, buffers, offset)
         buffers[0][777] ^= code
         return moved
@@ -821,7 +845,7 @@ class Stuck:
         self.errors: list[BaseException] = []
         real = os.pwritev
 
-        def wait(fd: int, buffers: list[np.ndarray], offset: int) -> int:
+        def wait(fd: int, buffers: list[Any], offset: int) -> int:
             self.entered.set()
             assert self.go_on.wait(30)
             return real(fd, buffers, offset)

@@ -53,6 +53,9 @@ from longtape.plan.stock import Status, Stock
 
 Actions = Iterator[Action]
 
+MOST_READS_AHEAD = 4
+"""Reads in progress at once: more would only delay the one that is needed first."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rules:
@@ -527,15 +530,15 @@ class AsynchronousPlan:
             raise PlanError("state 0 was lost: nothing is left to recompute from")
 
     def _prefetch_snapshots(self, needed: int) -> Actions:
-        """Read further restart points into slots that the current interval cannot use."""
+        """Read further restart points ahead, but leave `needed` slots to the current interval."""
         shelf = self.stock.snapshots
         for index in range(len(self._restarts) - 2, max(-1, len(self._restarts) - 2 - shelf.capacity), -1):
-            if shelf.available() <= needed or len(self.stock.reads) >= 4:
-                return
             window = self._restarts[index]
             if self._coming(window) or not self._stored(window):
                 continue
-            if shelf.free == 0:
+            if len(self.stock.reads) >= MOST_READS_AHEAD:
+                return
+            if shelf.free <= needed:
                 victim = shelf.evictable()
                 if victim is None or victim > self._snapshot(window).step:
                     return

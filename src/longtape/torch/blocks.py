@@ -112,10 +112,9 @@ class Block:
             if key not in self._views:
                 self._views[key] = self._views_at(position, graph)
                 if before is not None:
-                    stored = self._views_at(position - 1, before)
-                    own = len(graph.residuals) - graph.linkable
-                    links = [stored[before.stored_carry[k]] for k in graph.linked_leaves]
-                    self._views[key] = self._views[key][:own] + links
+                    earlier = self._views_at(position - 1, before)
+                    links = [earlier[before.stored_carry[k]] for k in graph.linked_leaves]
+                    self._views[key] = self._views[key][: len(graph.residuals) - graph.linkable] + links
             return _on_devices(graph, self._views[key])
         start, _ = self._place(position)
         needed = graph.nbytes if before is None else graph.linked_nbytes
@@ -123,8 +122,8 @@ class Block:
         staging.buffer[:needed] = self._data[start : start + needed]
         if before is None:
             return _on_devices(graph, staging.views)
-        own = staging.views[: len(graph.residuals) - graph.linkable]
-        return _on_devices(graph, own + self._links(position, graph, before))
+        stored = staging.views[: len(graph.residuals) - graph.linkable]
+        return _on_devices(graph, stored + self._links(position, graph, before))
 
     def _links(self, position: int, graph: StepGraph, before: StepGraph) -> list[torch.Tensor]:
         start, _ = self._place(position - 1)

@@ -67,6 +67,10 @@ class Call(threading.local):
         self.settled = False
         """Inside `CapturedStep.settings`."""
 
+    def begin(self, carry: Leaves, x: Leaves, *, saving: bool) -> None:
+        """Forget the answer of the call before."""
+        self.saving, self.leaves, self.graph = saving, (carry, x), None
+
 
 class CapturedStep:
     """The graphs of a step, kept between runs.
@@ -154,7 +158,7 @@ class CapturedStep:
         if not call.settled:
             with self.settings():
                 return self.run(step, carry, x, saving=saving)
-        call.saving, call.graph, call.leaves = saving, None, (carry, x)
+        call.begin(carry, x, saving=saving)
         _thread.capturing = True
         try:
             tree = (self._compiled or self._compile())(step, *carry, *x)
@@ -237,6 +241,7 @@ class CapturedStep:
         elif self.y_spec is not None and self.y_spec != y_spec:
             self.failure = f"the step returned a y of another structure ({y_spec} after {self.y_spec})"
         if self.failure is not None:
+            self.failure = " ".join(self.failure.split())
             if call.rng_state is not None:
                 torch.set_rng_state(call.rng_state)
             raise CaptureFailed(self.failure)

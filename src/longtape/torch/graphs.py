@@ -291,6 +291,9 @@ def view_root(node: fx.Node) -> fx.Node:
 
 
 def _last_forward(graph: fx.Graph) -> fx.Node | None:
+    """The last node of forward; None where there is no backward."""
+    if not any(_is_tangent(node) for node in graph.nodes):
+        return None
     last = None
     for node in graph.nodes:
         if node.meta.get("partitioner_tag") == "is_forward" or (node.op == "placeholder" and not _is_tangent(node)):

@@ -326,7 +326,7 @@ def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if not differentiable(a):
         return torch.equal(a, b)
     tolerance = 3.0 * torch.finfo(a.dtype).eps ** 0.5
-    size = float(torch.nan_to_num(b).abs().max()) if b.numel() else 0.0
+    size = float(torch.nan_to_num(b.detach()).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
 
 

@@ -20,6 +20,7 @@ from longtape.compose import Run, Settings, Traits
 from longtape.errors import UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
+from longtape.sizes import format_bytes, parse_bytes
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
@@ -207,6 +208,10 @@ class _Call:
             job.load_initial()
             layout = job.layout()
             records = isinstance(job.stepper, CapturedSteps)
+            if isinstance(job.stepper, CapturedSteps):
+                least = layout.nbytes + job.stepper.block_nbytes(1) + 4096
+                if least > parse_bytes(self._settings.memory):
+                    raise CaptureFailed(f"a carry and the residuals of one step take {format_bytes(least)} of memory")
             traits = Traits(
                 title="scan",
                 steps=self.steps,
