@@ -12,12 +12,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil, inf
 from typing import Any
 
 from longtape.actions import Kind
 from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover
-from longtape.engine.trace import Timeline, Trace
+from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
 from longtape.errors import BudgetError, StateError, UsageError
 from longtape.measure import JobCosts, measure_tier
@@ -35,6 +36,9 @@ from longtape.tiers.pool import SlotPool
 ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
 """States at least this large are padded to whole pages, so that direct I/O needs no second copy of them."""
+
+STAGED = 4
+"""Two items being written, one being stored, and one to spare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +101,11 @@ class Run:
         self._job, self._traits = job, traits
         self._settings = settings
         self._clock = time.perf_counter
+        began = self._clock()
         self._state = "new"
         self._turned_at = 0.0
         self._forward_stall = 0.0
+        self._touch = inf
         memory = parse_bytes(settings.memory)
         if traits.steps is not None and traits.steps < 1:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
@@ -119,6 +125,7 @@ class Run:
         except BaseException:
             self._release_storage()
             raise
+        self.prepare_seconds = self._clock() - began
 
     # Putting it together -----------------------------------------------------------------------
 
@@ -164,6 +171,7 @@ class Run:
         finally:
             if job.restore is not None:
                 job.restore()
+        self._touch = speed.touch_bytes_per_second
         return Costs(
             job.forward,
             job.reverse,
@@ -198,16 +206,30 @@ class Run:
 
     def _layout(self) -> Layout:
         choice, traits = self.choice, self._traits
+        staging = self._staging()
+        tail = choice.tail
+        if choice.schedule == "asynchronous" and staging is not None:
+            tail = min(tail, staging * choice.window)
         return Layout(
             window=choice.window,
-            tail=choice.tail,
+            tail=tail,
             fixed_spacing=choice.stall_spacing,
             records=choice.blocks > 0,
             record_fraction=choice.record_fraction,
             stores=choice.uses_disk,
             safety=safety_windows(self._problem(), choice.window),
+            staging=staging,
             initial_is_free=traits.initial_is_free,
         )
+
+    def _staging(self) -> int | None:
+        """Items to hold in the forward sweep, where touching more memory costs more than it can save."""
+        if not self.choice.uses_disk:
+            return None
+        state = self._item_nbytes(self._traits.state_nbytes)
+        if state / self._touch < self.costs.forward and not self.choice.record_fraction:
+            return None
+        return STAGED
 
     def _assemble(self) -> None:
         choice, costs = self.choice, self.costs
@@ -228,6 +250,7 @@ class Run:
             Kind.SNAPSHOT: SlotPool(choice.slots + self._traits.working_slots, state, alignment=alignment),
             Kind.RESIDUALS: SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT),
         }
+        self._touch_slots()
         if self._traits.working_slots:
             self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
         self._budget = Budget(self.memory_nbytes)
@@ -246,6 +269,19 @@ class Run:
         )
         plan = AsynchronousPlan(stock, self._layout())
         self._executor = Executor(iter(plan), self._job, self._mover, clock=self._clock, observers=observers)
+
+    def _touch_slots(self) -> None:
+        """Have the system provide the memory the sweeps will use, now rather than between two steps."""
+        choice = self.choice
+        interval = ceil(choice.spacing / choice.window) if choice.uses_disk and not choice.record_fraction else 0
+        wanted = interval + 2 * STAGED if choice.uses_disk else choice.slots
+        for kind, most in ((Kind.SNAPSHOT, self._traits.working_slots + wanted), (Kind.RESIDUALS, 2 * STAGED)):
+            pool = self._pools[kind]
+            taken = [pool.take() for _ in range(min(most, pool.free))]
+            for slot in taken:
+                slot.data[::ALIGNMENT] = 0
+            for slot in reversed(taken):
+                pool.give(slot)
 
     def _held(self) -> tuple[int, int]:
         return self._budget.in_use, self._mover.stored_nbytes
@@ -313,16 +349,6 @@ class Run:
         """What happened when."""
         return self._trace
 
-    def timeline(self) -> Timeline:
-        """The run as `longtape.plots.timeline` draws it."""
-        return Timeline(
-            title=f"{self._traits.title}: {self._stock.steps or 0:,} steps",
-            spans=list(self._trace.spans),
-            levels=self._trace.levels,
-            predicted_seconds=self.choice.prediction.time_seconds,
-            memory_budget=self.memory_nbytes,
-        )
-
     @property
     def report(self) -> Report:
         """Predicted against measured.
@@ -333,7 +359,6 @@ class Run:
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
         trace, mover, choice = self._trace, self._mover, self.choice
-        transferring = mover.written.seconds + mover.fetched.seconds
         waited = trace.seconds("wait")
         tier: Any = self._tier
         return Report(
@@ -353,6 +378,7 @@ class Run:
                 steps_recomputed=trace.steps_replayed,
                 stall_seconds=waited,
             ),
+            prepare_seconds=self.prepare_seconds,
             forward_seconds=self.forward_seconds,
             reverse_seconds=self.reverse_seconds,
             forward_stall_seconds=self._forward_stall,
@@ -362,7 +388,7 @@ class Run:
             reads=mover.fetched.count,
             write_seconds=mover.written.seconds,
             read_seconds=mover.fetched.seconds,
-            overlap_fraction=max(0.0, 1.0 - waited / transferring) if transferring > 0 else None,
+            overlap_fraction=trace.overlap_fraction(),
             direct_io=getattr(tier, "direct", None),
             faults=tuple(mover.faults),
             notes=(*self._traits.notes, *self._tier_notes()),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
+from time import perf_counter
 
 from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers
@@ -38,6 +39,8 @@ class TierSpeed:
     read_bytes_per_second: float
     write_latency: float
     read_latency: float
+    touch_bytes_per_second: float
+    """How fast the system provides memory that is used for the first time."""
 
 
 def measure_tier(
@@ -56,14 +59,16 @@ def measure_tier(
     """
     pool = SlotPool(1, max(sizes), alignment=4096)
     slot = pool.take()
+    began = perf_counter()
     slot.data[:] = 0
+    touch = slot.data.nbytes / max(perf_counter() - began, 1e-9)
     times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy) for nbytes in sizes]
     pool.give(slot)
     del slot
     pool.close()
     write_latency, write_speed = _line(sizes, [t[0] for t in times])
     read_latency, read_speed = _line(sizes, [t[1] for t in times])
-    return TierSpeed(write_speed, read_speed, write_latency, read_latency)
+    return TierSpeed(write_speed, read_speed, write_latency, read_latency, touch)
 
 
 def _time_both(tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None) -> tuple[float, float]:

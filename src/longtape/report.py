@@ -39,6 +39,8 @@ class Report:
     memory_budget_bytes: int
     predicted: Quantities
     measured: Quantities
+    prepare_seconds: float
+    """Timing steps and storage, choosing the plan and allocating, before the sweeps; not part of `measured`."""
     forward_seconds: float
     reverse_seconds: float
     forward_stall_seconds: float
@@ -85,7 +87,8 @@ class Report:
         return text(getattr(self.predicted, name)), text(getattr(self.measured, name))
 
     def _remarks(self) -> list[str]:
-        lines = [f"forward {format_seconds(self.forward_seconds)}, reverse {format_seconds(self.reverse_seconds)}"]
+        sweeps = f"forward {format_seconds(self.forward_seconds)}, reverse {format_seconds(self.reverse_seconds)}"
+        lines = [f"{sweeps}; preparing took {format_seconds(self.prepare_seconds)} more"]
         if self.overlap_fraction is not None:
             busy = format_seconds(self.write_seconds + self.read_seconds)
             io = "direct I/O" if self.direct_io else "buffered I/O"

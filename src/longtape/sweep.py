@@ -147,15 +147,14 @@ class _OutOfPlaceJob(_InPlaceJob):
 
     def adopt(self, slots: list[Slot]) -> None:
         self._own = slots
-        self.reset(self.initial())
+        self.reset([])
 
     def initial(self) -> list[Array]:
-        return list(self._model.state)  # which steps leave alone until the sweep turns
+        return []  # steps leave the model's own arrays alone until the sweep turns
 
     def reset(self, initial: list[Array]) -> None:
-        self._current = self._own[0]
-        for kept, array in zip(self._fields.views(self._current), initial, strict=True):
-            np.copyto(kept, array, casting="no")
+        # State 0 stays where it is: the first step reads it there.
+        self._current = Slot(np.empty(0, np.uint8), views=list(self._model.state))
 
     def advance(self, start: int, stop: int) -> int:
         fields, own = self._fields, self._own
@@ -172,7 +171,8 @@ class _OutOfPlaceJob(_InPlaceJob):
 
     def save(self, slot: Slot) -> Slot:
         if self._current not in self._own:
-            np.copyto(slot.data, self._current.data)
+            for kept, array in zip(self._fields.views(slot), self._fields.views(self._current), strict=True):
+                np.copyto(kept, array, casting="no")
             return slot
         kept = self._current
         self._own[self._own.index(kept)] = slot
@@ -190,7 +190,8 @@ class _OutOfPlaceJob(_InPlaceJob):
 
     def turn(self) -> None:
         for array, kept in zip(self._model.state, self._fields.views(self._current), strict=True):
-            np.copyto(array, kept, casting="no")
+            if array is not kept:
+                np.copyto(array, kept, casting="no")
 
 
 class Sweep:
@@ -330,4 +331,3 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int) -> JobCosts:
     finally:
         restore()
     return JobCosts(forward=forward, reverse=2.0 * forward, busy=busy, restore=restore)
-

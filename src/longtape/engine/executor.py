@@ -93,7 +93,7 @@ class Executor:
                 what = f"taking the adjoint of steps {stop - 1} down to {start}"
             case _:
                 what = f"performing {action}"
-        sweep = f"in the reverse sweep, for the adjoint of step {self._adjoint - 1}" if self._turned else "forward sweep"
+        sweep = f"reverse sweep, for the adjoint of step {self._adjoint - 1}" if self._turned else "forward sweep"
         return f"longtape: while {what} ({sweep})"
 
     # Steps -----------------------------------------------------------------------------------

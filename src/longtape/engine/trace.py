@@ -17,7 +17,9 @@ from longtape.actions import Action, Advance, Await, Key, PullBack, Record, Rest
 MOST_SPANS = 1 << 16
 MOST_LEVELS = 1 << 12
 
-LANES = ("forward", "replay", "reverse", "copy", "wait", "write", "read")
+COMPUTE = ("forward", "replay", "reverse", "copy")
+TRANSFERS = ("write", "read")
+LANES = (*COMPUTE, "wait", *TRANSFERS)
 
 
 class Span(NamedTuple):
@@ -34,17 +36,6 @@ class Level(NamedTuple):
     seconds: float
     memory_nbytes: int
     disk_nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """A finished run, ready to be drawn."""
-
-    title: str
-    spans: list[Span]
-    levels: list[Level]
-    predicted_seconds: float
-    memory_budget: int
 
 
 @dataclass(slots=True)
@@ -65,6 +56,10 @@ class _Lane:
         self.ended.append(ended)
         if len(self.began) > MOST_SPANS:
             self._coarsen()
+
+    def covered(self) -> float:
+        """Time between the ends of the spans kept."""
+        return sum(self.ended) - sum(self.began)
 
     def _coarsen(self) -> None:
         while len(self.began) > MOST_SPANS // 2:
@@ -163,6 +158,18 @@ class Trace:
         """Total time in a lane."""
         return self._lanes[lane].seconds
 
+    def overlap_fraction(self) -> float | None:
+        """Share of the time spent transferring during which steps ran; None when nothing was transferred.
+
+        Measured from the spans, not inferred: the time in which a transfer and a step went on at once.
+        """
+        transfers = [self._lanes[name] for name in TRANSFERS]
+        total = sum(lane.covered() for lane in transfers)
+        if total <= 0.0:
+            return None
+        both = sum(_common(lane, self._lanes[name]) for lane in transfers for name in COMPUTE)
+        return min(1.0, both / total)
+
     @property
     def spans(self) -> Iterator[Span]:
         """Every span, lane by lane."""
@@ -174,3 +181,15 @@ class Trace:
     def levels(self) -> list[Level]:
         """Bytes held over time."""
         return self._levels
+
+
+def _common(a: _Lane, b: _Lane) -> float:
+    """Time that two lanes have in common."""
+    total, i, j = 0.0, 0, 0
+    while i < len(a.began) and j < len(b.began):
+        total += max(0.0, min(a.ended[i], b.ended[j]) - max(a.began[i], b.began[j]))
+        if a.ended[i] < b.ended[j]:
+            i += 1
+        else:
+            j += 1
+    return total

@@ -108,6 +108,13 @@ class Layout:
     safety: int = 32
     """While windows are recorded, still store a snapshot every so many windows, against lost blocks."""
 
+    staging: int | None = None
+    """Forward, hold no more items of a kind in memory than this while stored ones can make room.
+
+    Memory that was never touched costs more to touch than a stored item costs to read back.
+    None: fill the memory there is.
+    """
+
     final_state: bool = True
     """Whether the forward sweep runs the last window too, because the caller needs the final state."""
 
@@ -202,6 +209,14 @@ class AsynchronousPlan:
     def _evict(self, kind: Kind = Kind.SNAPSHOT) -> Action | None:
         step = self.stock.shelf(kind).evictable()
         return None if step is None else Free(Key(kind, step))
+
+    def _reuse(self, kind: Kind) -> Actions:
+        """Evict a stored item if there is no free slot, or none that should be touched."""
+        shelf, staging = self.stock.shelf(kind), self.layout.staging
+        if shelf.free == 0 or (staging is not None and len(shelf.memory) >= staging):
+            action = self._evict(kind)
+            if action is not None:
+                yield action
 
     def _make_room(self, kind: Kind = Kind.SNAPSHOT) -> Actions:
         """Free one slot, waiting for a transfer to end where nothing can be evicted."""
@@ -325,11 +340,9 @@ class AsynchronousPlan:
         if window == 0 and self.layout.initial_is_free:
             self._restarts.append(0)
             return
+        yield from self._reuse(Kind.SNAPSHOT)
         if self.stock.snapshots.free == 0:
-            action = self._evict()
-            if action is None:
-                return
-            yield action
+            return
         yield Store(self._at(window))
         self._restarts.append(window)
         if self.layout.stores:
@@ -399,10 +412,7 @@ class AsynchronousPlan:
     def _record(self, window: int) -> Actions:
         if window == 0 or window - self._last_store >= self.layout.safety:
             yield from self._try_store(window)
-        if self.stock.residuals.free == 0:
-            action = self._evict(Kind.RESIDUALS)
-            if action is not None:
-                yield action
+        yield from self._reuse(Kind.RESIDUALS)
         yield Record(self._at(window), self._at(window + 1))
         self._recorded.append(window)
         if self.layout.stores:
@@ -431,7 +441,8 @@ class AsynchronousPlan:
         """Read the blocks needed next into blocks that are free, or hold what is needed later."""
         shelf = self.stock.residuals
         # Where windows are also re-recorded, one block is left for that, or it would take back a prefetched one.
-        most = shelf.capacity - (1 if self.layout.record_fraction < 1 else 0)
+        most = min(shelf.capacity, 2 * (self.layout.staging or shelf.capacity))
+        most -= 1 if self.layout.record_fraction < 1 else 0
         held = 0
         for index in range(len(self._recorded) - 1, max(-1, len(self._recorded) - 1 - shelf.capacity), -1):
             key = self._residuals(self._recorded[index])
@@ -532,7 +543,8 @@ class AsynchronousPlan:
     def _prefetch_snapshots(self, needed: int) -> Actions:
         """Read further restart points ahead, but leave `needed` slots to the current interval."""
         shelf = self.stock.snapshots
-        for index in range(len(self._restarts) - 2, max(-1, len(self._restarts) - 2 - shelf.capacity), -1):
+        ahead = min(shelf.capacity, self.layout.staging or shelf.capacity)
+        for index in range(len(self._restarts) - 2, max(-1, len(self._restarts) - 2 - ahead), -1):
             window = self._restarts[index]
             if self._coming(window) or not self._stored(window):
                 continue

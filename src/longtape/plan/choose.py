@@ -42,7 +42,7 @@ from longtape.plan.recording import Recording, predict_residuals
 
 Schedule = Literal["store_all", "revolve", "asynchronous", "residuals"]
 
-LARGEST_BLOCK = 16 * 2**20
+LARGEST_BLOCK = 4 * 2**20
 """Bytes beyond which a larger residual block gains nothing."""
 
 SMALLEST_GOOD_BLOCK = 2**20
@@ -52,7 +52,7 @@ ENOUGH_BLOCKS = 64
 """Blocks that ride out the noise of storage; more are taken only where the prediction gains by it."""
 
 _SIMPLEST_FIRST: tuple[Schedule, ...] = ("store_all", "revolve", "asynchronous", "residuals")
-_LATENCY_SHARE = 0.05
+_LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
 _SAME_TIME = 1.0 + 1e-9
 _ROUNDING_SECONDS = 1e-9
@@ -343,7 +343,7 @@ def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
 
 
 def _block_windows(problem: Problem, costs: Costs) -> list[int]:
-    """Blocks as small as keeps latency below a twentieth of the transfer, then smaller ones for tight budgets."""
+    """Blocks as small as keeps latency below a quarter of the transfer, then smaller ones for tight budgets."""
     step = max(1, problem.residual_nbytes or 0)
     room = (problem.memory_nbytes - problem.state_nbytes) // 2
     largest = max(1, min(LARGEST_BLOCK, room) // step)

@@ -19,8 +19,8 @@ from longtape.errors import StepError
 from longtape.protocols import Slot
 from longtape.torch.blocks import Block
 from longtape.torch.capture import CapturedStep
+from longtape.torch.eager import Cotangents, ones_like
 from longtape.torch.graphs import CaptureFailed
-from longtape.torch.eager import ones_like
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure
 from longtape.torch.tape import Cotangent, Tape, total
@@ -146,7 +146,7 @@ class CapturedSteps:
         return *self._leaves(index, new_carry, y), number
 
     def pull_back(
-        self, number: int, block: Block, position: int, x: Leaves, carry_bar: list[Cotangent], y_bar: list[Cotangent]
+        self, number: int, block: Block, position: int, x: Leaves, carry_bar: list[Cotangent], y_bar: Cotangents
     ) -> tuple[list[Cotangent], list[Cotangent]]:
         """Cotangents of the carry and x of one step, from its residuals."""
         assert self.y is not None

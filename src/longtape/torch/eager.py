@@ -33,7 +33,8 @@ class Ambient:
 
     def __init__(self, devices: Iterable[str]) -> None:
         self._settings = [
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in sorted(set(devices))
+            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+            for device in sorted(set(devices))
         ]
         self._cache = torch.is_autocast_cache_enabled()
         self.is_trivial = not any(enabled for _, _, enabled in self._settings)
@@ -241,7 +242,9 @@ class EagerStep:
             self._check_graph(index, newest, carry_in + x_in, carry_out + y_out, made)
         return [leaf.detach() for leaf in carry_out], Tape(index, carry_in, x_in, carry_out, y_out)
 
-    def _check_graph(self, index: int, newest: Any, own: Leaves, outputs: Leaves, made: dict[int, torch.Tensor]) -> None:
+    def _check_graph(
+        self, index: int, newest: Any, own: Leaves, outputs: Leaves, made: dict[int, torch.Tensor]
+    ) -> None:
         """Every edge that leaves the step's graph must lead to a tensor whose cotangent is accounted for."""
         first = newest._sequence_nr()
         known = {id(tensor) for tensor in own} | self._closed_ids

@@ -8,6 +8,7 @@ one go, or as captured graphs (`CapturedSteps`), with residuals recorded as byte
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,8 +170,7 @@ class ScanJob:
         """Set the cotangents of the final carry and of the stacked outputs."""
         self._carry_bar, self._ys_bar = list(carry_bar), ys_bar
         self._xs_bar = [
-            torch.zeros_like(leaf) if wants else None
-            for leaf, wants in zip(self.inputs.stacked, wants_x, strict=True)
+            torch.zeros_like(leaf) if wants else None for leaf, wants in zip(self.inputs.stacked, wants_x, strict=True)
         ]
         self.stepper.begin_reverse(closed)
 
@@ -181,11 +181,13 @@ class ScanJob:
         for index in range(start, stop):
             carry, tape = self.stepper.tape(index, carry, self.inputs.leaves(index))
             tapes.append(tape)
+        carry_bar = totals(self._carry_bar)
         while tapes:
             tape = tapes.pop()
             y_bar = self._y_bar(tape.step, len(tape.y_out))
-            self._carry_bar, x_bar = self.stepper.pull_back(tape, self._carry_bar, y_bar)
+            carry_bar, x_bar = self.stepper.pull_back(tape, carry_bar, y_bar)
             self._keep_x_bar(tape.step, x_bar)
+        self._carry_bar = list(carry_bar)
 
     def _y_bar(self, step: int, count: int) -> Cotangents:
         return [None if bar is None else bar[step] for bar in self._ys_bar] if self._ys_bar else [None] * count
@@ -195,9 +197,7 @@ class ScanJob:
         assert isinstance(steps, CapturedSteps)
         block, numbers = steps.block(slot), []
         for index in range(start, stop):
-            self.carry, y, number = steps.record(
-                index, self.carry, self.inputs.leaves(index), block, index - start
-            )
+            self.carry, y, number = steps.record(index, self.carry, self.inputs.leaves(index), block, index - start)
             self._put(index, y)
             numbers.append(number)
         self._check_randomness()
@@ -335,8 +335,9 @@ def _first_step(job: ScanJob) -> dict[tuple[str, int], torch.Tensor | None]:
     job.load_initial()
     carry, y, carry_bar, x_bar = job.stepper.try_step(job.carry, job.inputs.leaves(0))
     job.load_initial()
-    parts = {"a leaf of the carry": carry, "a leaf of y": y}
+    parts: dict[str, Sequence[torch.Tensor | None]] = {"a leaf of the carry": carry, "a leaf of y": y}
     parts |= {"the gradient of a carry leaf": carry_bar, "the gradient of an x leaf": x_bar}
+    named: dict[tuple[str, int], torch.Tensor | None]
     named = {(name, k): leaf for name, leaves in parts.items() for k, leaf in enumerate(leaves)}
     for tensor, bar in zip(job.stepper.closed_over(), job.stepper.gradients(), strict=True):
         named["the gradient of a closed-over tensor", id(tensor)] = bar

@@ -31,6 +31,7 @@ _aten = torch.ops.aten
 Pattern = tuple[int, ...]
 """Per output: how many contributions its cotangent has; 0 where it is undefined."""
 
+
 def _operators(names: str) -> dict[str, Any]:
     """ATen's operators by name; ``add.Tensor`` names an overload, ``mm`` the default one."""
     split = [name.partition(".") for name in names.split()]

@@ -173,7 +173,8 @@ class _Call:
 
     def _results(self, job: ScanJob, carry: Leaves, ys: Leaves) -> tuple[Any, Any]:
         assert job.stepper.y is not None
-        return self._carry.build([leaf.detach() if not leaf.grad_fn else leaf for leaf in carry]), job.stepper.y.build(ys)
+        carry = [leaf if leaf.grad_fn else leaf.detach() for leaf in carry]
+        return self._carry.build(carry), job.stepper.y.build(ys)
 
     # Sweeps --------------------------------------------------------------------------------------
 
@@ -293,5 +294,3 @@ class _Scan(torch.autograd.Function):
         wants = list(ctx.needs_input_grad[2:])
         gradients = call.reverse(list(bars[:count]), list(bars[count:]), wants)
         return None, None, *(bar if wanted else None for bar, wanted in zip(gradients, wants, strict=True))
-
-
