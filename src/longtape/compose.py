@@ -20,7 +20,7 @@ from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
-from longtape.errors import BudgetError, StateError, UsageError
+from longtape.errors import BudgetError, StateError, StorageError, UsageError
 from longtape.measure import JobCosts, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.choose import Choice, choose
@@ -36,6 +36,15 @@ from longtape.tiers.pool import SlotPool
 ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
 """States at least this large are padded to whole pages, so that direct I/O needs no second copy of them."""
+
+LEAST_TO_PIN = 3
+"""Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.
+
+With fewer, storing would hardly be possible beside it.
+"""
+
+_PATIENCE_SECONDS = 1.0
+"""How long idle workers may take to end."""
 
 STAGED = 4
 """Two items being written, one being stored, and one to spare."""
@@ -74,6 +83,7 @@ class Settings:
     costs: Costs | None = None
     """Times to plan with; measured on the job when None."""
     stuck_seconds: float = 30.0
+    """Wait no longer for storage than this; what it does not deliver is recomputed."""
 
 
 class Run:
@@ -88,6 +98,7 @@ class Run:
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Any other setting that cannot be honoured.
+        StorageError: Storage does not work, and the length is unknown, which cannot do without.
     """
 
     def __init__(
@@ -106,6 +117,10 @@ class Run:
         self._turned_at = 0.0
         self._forward_stall = 0.0
         self._touch = inf
+        self._process = os.getpid()
+        self._early_faults: tuple[str, ...] = ()
+        self._tier: Tier | None = None
+        self._workers: Workers | None = None
         memory = parse_bytes(settings.memory)
         if traits.steps is not None and traits.steps < 1:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
@@ -115,15 +130,15 @@ class Run:
                 f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
             )
         self.memory_nbytes = memory
-        self._tier = self._open_tier()
-        self._workers = None if self._tier is None else Workers(self._tier, self._clock)
         try:
+            self._tier = self._open_tier()
+            self._workers = None if self._tier is None else Workers(self._tier, self._clock)
             costs = settings.costs or self._measure(measure)
             self.choice = self._fitted(choose(self._problem(), costs))
             self.costs = costs
             self._assemble()
         except BaseException:
-            self._release_storage()
+            self._release_storage(self._settings.stuck_seconds)
             raise
         self.prepare_seconds = self._clock() - began
 
@@ -136,7 +151,20 @@ class Run:
         if settings.disk is None:
             return None
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
-        return DiskTier(settings.disk, limit=limit)
+        try:
+            return DiskTier(settings.disk, limit=limit)
+        except StorageError as error:
+            self._go_without_storage(error)
+            return None
+
+    def _go_without_storage(self, error: OSError) -> None:
+        """Storage failed before the run began: recompute within memory instead, and say so."""
+        if self._traits.steps is None:
+            raise error
+        self._release_storage(_PATIENCE_SECONDS)
+        self._tier = self._workers = None
+        self._early_faults = (f"storage does not work and is not used: {error}",)
+        _warn(self._early_faults[0])
 
     def _item_nbytes(self, nbytes: int) -> int:
         """Bytes an item takes in memory: whole pages where that costs little and saves a copy."""
@@ -161,13 +189,18 @@ class Run:
 
     def _measure(self, measure: Callable[[], JobCosts] | None) -> Costs:
         job = JobCosts() if measure is None else measure()
+        without = Costs(job.forward, job.reverse, job.record, job.pull_back)
         if self._tier is None or self._workers is None:
-            return Costs(job.forward, job.reverse, job.record, job.pull_back)
+            return without
         sizes = [self._item_nbytes(self._traits.state_nbytes)]
         if self._traits.residual_nbytes:
             sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
         try:
-            speed = measure_tier(self._tier, self._workers, sizes, busy=job.busy)
+            stuck_seconds = self._settings.stuck_seconds
+            speed = measure_tier(self._tier, self._workers, sizes, busy=job.busy, stuck_seconds=stuck_seconds)
+        except OSError as error:
+            self._go_without_storage(error)
+            return without
         finally:
             if job.restore is not None:
                 job.restore()
@@ -220,6 +253,7 @@ class Run:
             safety=safety_windows(self._problem(), choice.window),
             staging=staging,
             initial_is_free=traits.initial_is_free,
+            pin_initial=choice.uses_disk and choice.slots >= LEAST_TO_PIN and not traits.initial_is_free,
         )
 
     def _staging(self) -> int | None:
@@ -288,7 +322,7 @@ class Run:
 
     def _warn_once(self, message: str) -> None:
         if len(self._mover.faults) == 1:
-            warnings.warn(f"longtape: {message}", RuntimeWarning, stacklevel=2)
+            _warn(message)
 
     # Running -------------------------------------------------------------------------------------
 
@@ -314,6 +348,11 @@ class Run:
         self._release()
 
     def _enter(self, state: str, otherwise: str) -> None:
+        if os.getpid() != self._process:
+            raise StateError(
+                f"this sweep belongs to process {self._process}, whose threads and scratch file process {os.getpid()} "
+                "has not; make a new one here"
+            )
         if self._state != state:
             raise StateError(f"{otherwise} (the sweep is {self._state})")
         self._state = "failed"
@@ -332,13 +371,15 @@ class Run:
         self._release()
 
     def _release(self) -> None:
+        if os.getpid() != self._process:
+            return  # a fork: locks and files are the parent's, whose workers may be holding them
         self._mover.close()
         for pool in self._pools.values():
             pool.close()
 
-    def _release_storage(self) -> None:
+    def _release_storage(self, timeout: float) -> None:
         if self._workers is not None:
-            self._workers.close(self._settings.stuck_seconds)
+            self._workers.close(timeout)
         if self._tier is not None:
             self._tier.close()
 
@@ -390,7 +431,9 @@ class Run:
             read_seconds=mover.fetched.seconds,
             overlap_fraction=trace.overlap_fraction(),
             direct_io=getattr(tier, "direct", None),
-            faults=tuple(mover.faults),
+            faults=(*self._early_faults, *mover.faults),
+            failed_transfers=mover.written.failures + mover.fetched.failures,
+            repeated_reads=mover.repeated_reads,
             notes=(*self._traits.notes, *self._tier_notes()),
         )
 
@@ -411,6 +454,11 @@ class Run:
             steps_recomputed=max(0, prediction.advances - steps),
             stall_seconds=prediction.stall_seconds,
         )
+
+
+def _warn(message: str) -> None:
+    """Once a run: what storage does costs time, and the user should know where it went."""
+    warnings.warn(f"longtape: {message}; the run goes on without, and takes longer", RuntimeWarning, stacklevel=3)
 
 
 def describe(choice: Choice) -> str:

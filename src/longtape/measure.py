@@ -10,6 +10,7 @@ from time import perf_counter
 
 from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers
+from longtape.errors import StorageError
 from longtape.protocols import Slot, Tier
 from longtape.tiers.pool import SlotPool
 
@@ -44,7 +45,12 @@ class TierSpeed:
 
 
 def measure_tier(
-    tier: Tier, workers: Workers, sizes: Sequence[int], *, busy: Callable[[], None] | None = None
+    tier: Tier,
+    workers: Workers,
+    sizes: Sequence[int],
+    *,
+    busy: Callable[[], None] | None = None,
+    stuck_seconds: float = 30.0,
 ) -> TierSpeed:
     """Write and read back items of the given sizes, under the job's own load where `busy` provides it.
 
@@ -53,6 +59,7 @@ def measure_tier(
         workers: Who moves them.
         sizes: One or two item sizes in bytes; with two, latency and bandwidth are told apart.
         busy: Called over and over while a transfer is in progress.
+        stuck_seconds: After so long without an answer the tier counts as failed.
 
     Raises:
         StorageError: The tier failed; nothing is kept of the attempt.
@@ -62,7 +69,7 @@ def measure_tier(
     began = perf_counter()
     slot.data[:] = 0
     touch = slot.data.nbytes / max(perf_counter() - began, 1e-9)
-    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy) for nbytes in sizes]
+    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy, stuck_seconds) for nbytes in sizes]
     pool.give(slot)
     del slot
     pool.close()
@@ -71,23 +78,31 @@ def measure_tier(
     return TierSpeed(write_speed, read_speed, write_latency, read_latency, touch)
 
 
-def _time_both(tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None) -> tuple[float, float]:
+def _time_both(
+    tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None, stuck_seconds: float
+) -> tuple[float, float]:
+    def median_time(*, is_write: bool) -> float:
+        transfers = [Transfer(_PROBE, slot, is_write=is_write) for _ in range(_REPEATS)]
+        return median(_time(workers, transfer, busy, stuck_seconds) for transfer in transfers)
+
     tier.reserve(_PROBE, slot.data.nbytes)
     try:
-        writes = [_time(workers, Transfer(_PROBE, slot, is_write=True), busy) for _ in range(_REPEATS)]
-        reads = [_time(workers, Transfer(_PROBE, slot, is_write=False), busy) for _ in range(_REPEATS)]
+        return median_time(is_write=True), median_time(is_write=False)
     finally:
         tier.release(_PROBE)
-    return median(writes), median(reads)
 
 
-def _time(workers: Workers, transfer: Transfer, busy: Callable[[], None] | None) -> float:
+def _time(workers: Workers, transfer: Transfer, busy: Callable[[], None] | None, stuck_seconds: float) -> float:
     workers.submit(transfer)
+    until = perf_counter() + stuck_seconds
     finished = None
     while finished is None:
         if busy is not None:
             busy()
-        finished = workers.next_finished(0 if busy is not None else None)
+        finished = workers.next_finished(0 if busy is not None else max(0.0, until - perf_counter()))
+        if finished is None and perf_counter() >= until:
+            verb = "write" if transfer.is_write else "read"
+            raise StorageError(f"to {verb} {transfer.nbytes} bytes for a trial: no answer for {stuck_seconds:g} s")
     if finished.error is not None:
         raise finished.error
     return max(finished.seconds, 1e-9)

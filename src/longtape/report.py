@@ -62,6 +62,10 @@ class Report:
     """Transfers that failed and what became of them; each cost time only."""
     notes: tuple[str, ...]
     """Things worth knowing, such as why a step could not be captured."""
+    failed_transfers: int = 0
+    """How many transfers failed, repeated ones included; `faults` tells of the first of them."""
+    repeated_reads: int = 0
+    """Reads that failed and were tried once more.  An item whose read fails twice is recomputed."""
 
     def to_json(self) -> str:
         """One line of JSON."""

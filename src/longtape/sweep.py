@@ -33,8 +33,6 @@ class Model(Protocol):
     A model may also have:
 
     * ``max_reverse`` (int): most steps one `reverse` call may take; 1 if absent;
-    * ``adjoint`` (sequence of arrays): what `reverse` updates, accumulated gradients
-      included, so that a half-finished reverse sweep can be made durable;
     * ``advance_into(step, source, target)`` and ``reverse_from(step, source)``: run one
       step from the arrays `source` into the arrays `target` of the same shapes, and take
       its adjoint from `source`, changing neither.  A model that has both is run from the
@@ -171,8 +169,8 @@ class _OutOfPlaceJob(_InPlaceJob):
 
     def save(self, slot: Slot) -> Slot:
         if self._current not in self._own:
-            for kept, array in zip(self._fields.views(slot), self._fields.views(self._current), strict=True):
-                np.copyto(kept, array, casting="no")
+            for target, source in zip(self._fields.views(slot), self._fields.views(self._current), strict=True):
+                np.copyto(target, source, casting="no")
             return slot
         kept = self._current
         self._own[self._own.index(kept)] = slot

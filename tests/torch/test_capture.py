@@ -9,6 +9,7 @@ import contextlib
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import nn
 from longtape.errors import UsageError
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.capture import CapturedStep
-from longtape.torch.graphs import CaptureFailed, dense_strides
+from longtape.torch.graphs import CaptureFailed
+from longtape.torch.partition import dense_strides
 from longtape.torch.tape import Tape, total
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -153,7 +155,7 @@ def agree(loop: Loop, *, exact: bool = True, tolerance: float = 1e-6, **how: Any
     torch.set_rng_state(state)
     final_too, ys_too, grads_too = loop.by_tape(**how)
     assert torch.equal(after, torch.get_rng_state()), "the tape drew other random numbers"
-    for a, b in zip([*final, *sum(ys, [])], [*final_too, *sum(ys_too, [])], strict=True):
+    for a, b in zip(chain(final, *ys), chain(final_too, *ys_too), strict=True):
         assert (a is None) == (b is None)
         if a is not None:
             same(a.detach(), b.detach(), exact, tolerance)
@@ -248,11 +250,24 @@ def test_dropout_draws_the_same_numbers(ys):
     layer = nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.5), nn.Tanh())
 
     def step(h, x):
-        h = layer(h) + x * torch.rand(12)
+        h = layer(h) + x * (torch.rand(12) - torch.rand(12))
         return h, h
 
     loop = agree(Loop(step, torch.randn(5, 12), list(torch.randn(STEPS, 5, 12)), ys=ys, closed=layer.parameters()))
     assert loop.captured.uses_rng
+
+
+def test_refusal_after_the_first_run_sets_the_generator_back():
+    before = torch.get_rng_state()
+    with pytest.raises(CaptureFailed, match="another structure"):
+        Loop(lambda h, x: ((h * torch.rand(4), h), None), torch.randn(4), [torch.zeros(1)]).by_tape()
+    torch.set_rng_state(before)
+    tape = Tape(
+        CapturedStep(pytree.tree_structure(0), pytree.tree_structure(0)), lambda h, x: ((h * torch.rand(4),), 0)
+    )
+    with pytest.raises(CaptureFailed):
+        tape.advance([torch.ones(4)], [torch.ones(4)])
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_dropout_off_when_evaluating_is_another_graph():
@@ -278,6 +293,40 @@ def test_simple_rnn_stores_its_state_once():
     loop = agree(Loop(step, torch.randn(16, 32), list(torch.randn(STEPS, 16, 4)), closed=cell.parameters()))
     state = 16 * 32 * 4
     assert (loop.captured.stride_nbytes, loop.captured.head_nbytes) == (state, state)
+
+
+def test_only_what_the_step_before_returned_is_linked_to_it():
+    cell = nn.RNNCell(4, 32)
+    tape = Tape(CapturedStep(pytree.tree_structure(0), pytree.tree_structure(0)), lambda h, x: (cell(x, h), None))
+    x = [torch.randn(16, 4)]
+    carry, _ = tape.advance([torch.randn(16, 32)], x)
+    block = tape.block(np.zeros(tape.captured.block_nbytes(3), np.uint8))
+    carry, _, _ = tape.record(carry, x, block, 0)
+    with pytest.raises(RoomExceeded):  # unlinked, it takes more than a stride
+        tape.record([carry[0].detach() * 2], x, block, 1)
+
+
+@pytest.mark.parametrize("width", [3, 200])
+def test_several_leaves_linked(width):
+    """Each must be found at its own place in the residuals of the step before."""
+
+    def step(carry, x):
+        a, b, c = carry
+        return ((b * c + x).sigmoid(), (a * c - x).tanh(), (a * b).exp() * 0.3), None
+
+    init = tuple(torch.randn(width, width) for _ in range(3))
+    loop = agree(Loop(step, init, list(torch.randn(STEPS, width)), ys=False), exact=False, tolerance=1e-4)
+    assert loop.captured.graphs[0].linkable >= 2
+
+
+def test_a_tensor_and_its_transpose_are_stored_once():
+    def step(h, x):
+        z = h + x
+        return torch.tanh(z @ z.t() @ h) + z.t() * z, None
+
+    loop = agree(Loop(step, torch.randn(40, 40), list(torch.randn(STEPS, 40))), exact=False, tolerance=1e-4)
+    # z, z @ z.t(), the tanh and h
+    assert len(loop.captured.graphs[0].residuals) == 4
 
 
 @pytest.mark.parametrize("window", [1, 2, 20])
@@ -506,8 +555,27 @@ def test_custom_function():
     agree(Loop(step, torch.randn(4), list(torch.randn(STEPS, 4))), exact=False)
 
 
+def test_cotangents_that_are_residuals_outlive_the_buffer():
+    class Itself(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            z = z.sin()
+            ctx.save_for_backward(z)
+            return z
+
+        @staticmethod
+        def backward(ctx, g):
+            return ctx.saved_tensors[0].view(2, 2).view(4)
+
+    def step(carry, x):
+        a, b = carry
+        return (Itself.apply(b), a * x), None
+
+    agree(Loop(step, (torch.randn(4), torch.randn(4)), list(torch.randn(STEPS, 4))), exact=False)
+
+
 def test_an_unused_y_makes_no_nan():
-    """sqrt at 0 has slope ∞: with a zero cotangent instead of none, NaN."""
+    """The square root at 0 has slope ∞: with a zero cotangent instead of none, NaN."""
 
     def step(h, x):
         return h * x, (h * 0).sqrt()

@@ -5,7 +5,9 @@ budget.  Knows no plan and no job.  Runs on the executor's thread only; workers 
 finished transfers back through a queue.
 
 Invariants: a slot is in the pool, or holds one item, or belongs to one transfer
-whose item was given up; the bytes in use never exceed the budget.
+whose item was given up; the bytes in use never exceed the budget; the memory that a
+stuck read may still fill, and the room that a stuck write may still claim, are not used
+again before it has answered.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from longtape.actions import Key, Kind
-from longtape.engine.workers import Transfer, Workers
+from longtape.engine.workers import Transfer, Workers, close_aside
 from longtape.errors import PlanError, StorageError
-from longtape.plan.stock import Stock
+from longtape.plan.stock import Status, Stock
 from longtape.protocols import Observer, Pool, Slot, Tier
 
 
@@ -70,7 +72,10 @@ class Mover:
     stored_nbytes: int = 0
     """Bytes of storage in use now, writes under way included."""
     peak_stored_nbytes: int = 0
+    repeated_reads: int = 0
+    """Reads that failed, and were tried once more."""
     faults: list[str] = field(default_factory=list)
+    """The first of the failures, in words."""
     on_fault: Callable[[str], None] | None = None
     _under_way: dict[Key, Transfer] = field(default_factory=dict)
     _abandoned: set[Transfer] = field(default_factory=set)
@@ -112,9 +117,13 @@ class Mover:
             self._release(key)
 
     def _release(self, key: Key) -> None:
-        if self.tier is not None:
+        if self.tier is None:
+            return
+        self.stored_nbytes -= self.nbytes[key.kind]
+        try:
             self.tier.release(key)
-            self.stored_nbytes -= self.nbytes[key.kind]
+        except OSError as error:
+            self._fault(f"the room of {key} could not be given back: {error}")
 
     # Transfers -----------------------------------------------------------------------------
 
@@ -128,7 +137,7 @@ class Mover:
             if self._abandoned:
                 raise StorageError("storage has stopped answering")
             self.tier.reserve(key, slot.data.nbytes)
-        except StorageError as error:
+        except OSError as error:
             self.written.failures += 1
             self._fault(f"{key} could not be stored: {error}")
             self.stock.end_write(key, ok=False)
@@ -143,6 +152,8 @@ class Mover:
         self.stock.begin_read(key)
         self.held[key] = slot
         if self._abandoned:
+            self.fetched.failures += 1
+            self._fault(f"{key} could not be read back: storage has stopped answering")
             self._settle_read(key, ok=False)
         else:
             self._submit(Transfer(key, slot, is_write=False))
@@ -155,7 +166,7 @@ class Mover:
 
     def poll(self) -> None:
         """Take note of every transfer that has ended; never waits."""
-        while self._under_way and self.workers is not None:
+        while (self._under_way or self._abandoned) and self.workers is not None:
             transfer = self.workers.next_finished(0)
             if transfer is None:
                 return
@@ -174,10 +185,11 @@ class Mover:
     def _finish(self, transfer: Transfer) -> None:
         key = transfer.key
         if transfer in self._abandoned:
-            self._abandoned.discard(transfer)
+            self._settle_late(transfer)
             return
         del self._under_way[key]
         ok = transfer.error is None
+        again = not ok and self._is_worth_repeating(transfer)
         traffic = self.written if transfer.is_write else self.fetched
         traffic.seconds += transfer.seconds
         if ok:
@@ -185,11 +197,31 @@ class Mover:
             traffic.nbytes += transfer.nbytes
         else:
             traffic.failures += 1
-            self._fault(f"{key} could not be {'stored' if transfer.is_write else 'read back'}: {transfer.error}")
+            what = "stored" if transfer.is_write else "read back" if again else "read back again"
+            self._fault(f"{key} could not be {what}: {transfer.error}")
         for observer in self.observers:
             name = "write" if transfer.is_write else "read"
             observer.on_transfer(name, key, transfer.nbytes, transfer.began, transfer.ended)
+        if again:
+            self.repeated_reads += 1
+            self._submit(Transfer(key, transfer.slot, is_write=False, is_repeat=True))
+            return
         (self._settle_write if transfer.is_write else self._settle_read)(key, ok=ok, seconds=transfer.seconds)
+
+    def _is_worth_repeating(self, transfer: Transfer) -> bool:
+        """A failed read whose item is still wanted is tried once more: not every failure is for good."""
+        status = self.stock.shelf(transfer.key.kind).memory.get(transfer.key.step)
+        return not transfer.is_write and not transfer.is_repeat and status is Status.READING and not self._abandoned
+
+    def _settle_late(self, transfer: Transfer) -> None:
+        """A transfer that was given up has answered after all: what it held is free again."""
+        self._abandoned.discard(transfer)
+        self._release(transfer.key)
+        if not transfer.is_write:
+            kind = transfer.key.kind
+            self.pools[kind].give(transfer.slot)
+            self.budget.release(self.nbytes[kind])
+            self.stock.shelf(kind).capacity += 1
 
     def _settle_write(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
         freed = self.stock.end_write(key, ok=ok, seconds=seconds)
@@ -205,11 +237,7 @@ class Mover:
             self._release(key)
 
     def _abandon(self) -> None:
-        """Storage does not answer: go on without what was under way.
-
-        A slot that a stuck read may still fill, and room that a stuck write may still
-        claim, are never used again.
-        """
+        """Storage does not answer: go on without what was under way, and without storage until it does."""
         for key, transfer in list(self._under_way.items()):
             del self._under_way[key]
             self._fault(f"{key}: no answer from storage for {self.stuck_seconds:g} s; going on without it")
@@ -218,8 +246,11 @@ class Mover:
                 continue
             self._abandoned.add(transfer)
             if transfer.is_write:
-                self.stock.end_write(key, ok=False)
+                self.written.failures += 1
+                if self.stock.end_write(key, ok=False):
+                    self._vacate(key)
             elif self.stock.end_read(key, ok=False):
+                self.fetched.failures += 1
                 del self.held[key]
                 self.stock.shelf(key.kind).capacity -= 1
 
@@ -230,12 +261,16 @@ class Mover:
             self.on_fault(message)
 
     def close(self) -> bool:
-        """Stop the workers, after the transfers in progress; False if one is stuck."""
+        """Stop the workers, after the transfers in progress; False if one is stuck.
+
+        A stuck one is waited for once, `stuck_seconds` at most: its thread is a daemon, and
+        ends when the system answers.
+        """
         for transfer in self._under_way.values():
             transfer.claim()  # those not started never will be
-        ended = self.workers is None or self.workers.close(self.stuck_seconds)
+        ended = self.workers is None or self.workers.close(0.0 if self._abandoned else self.stuck_seconds)
         self._under_way.clear()
         self.held.clear()
         if self.tier is not None:
-            self.tier.close()
+            close_aside(self.tier)
         return ended

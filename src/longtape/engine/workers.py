@@ -12,6 +12,7 @@ thread, whichever claims it first; a finished transfer is handed back exactly on
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -22,10 +23,10 @@ from longtape.protocols import Slot, Tier
 class Transfer:
     """One item on its way.  `error` and the times are valid once it has been handed back."""
 
-    __slots__ = ("_claim", "began", "ended", "error", "is_write", "key", "nbytes", "slot")
+    __slots__ = ("_claim", "began", "ended", "error", "is_repeat", "is_write", "key", "nbytes", "slot")
 
-    def __init__(self, key: Key, slot: Slot, *, is_write: bool) -> None:
-        self.key, self.slot, self.is_write = key, slot, is_write
+    def __init__(self, key: Key, slot: Slot, *, is_write: bool, is_repeat: bool = False) -> None:
+        self.key, self.slot, self.is_write, self.is_repeat = key, slot, is_write, is_repeat
         self.nbytes = slot.data.nbytes
         self.began = self.ended = 0.0
         self.error: Exception | None = None
@@ -88,9 +89,22 @@ class Workers:
             return None
 
     def close(self, timeout: float) -> bool:
-        """Let the threads end; False if one is still stuck in a transfer after `timeout` seconds."""
+        """Let the threads end; False if one is still stuck in a transfer after `timeout` seconds in all."""
+        until = time.monotonic() + timeout
         for thread in self._threads:
             (self._to_write if "write" in thread.name else self._to_read).put(None)
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def close_aside(tier: Tier, patience: float = 0.25) -> None:
+    """Close a tier without making the caller wait long.
+
+    A file system may take a tenth of a second a gigabyte to give back the room of a
+    file; that needs nobody's attention.  Should the process end first, the system
+    closes the file.
+    """
+    thread = threading.Thread(target=tier.close, name="longtape-close", daemon=True)
+    thread.start()
+    thread.join(patience)

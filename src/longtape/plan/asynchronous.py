@@ -47,9 +47,9 @@ from longtape.actions import (
     Turn,
     Write,
 )
-from longtape.errors import PlanError
+from longtape.errors import PlanError, StorageError
 from longtape.plan.binomial import advances, split
-from longtape.plan.stock import Status, Stock
+from longtape.plan.stock import Shelf, Status, Stock
 
 Actions = Iterator[Action]
 
@@ -218,16 +218,31 @@ class AsynchronousPlan:
             if action is not None:
                 yield action
 
-    def _make_room(self, kind: Kind = Kind.SNAPSHOT) -> Actions:
-        """Free one slot, waiting for a transfer to end where nothing can be evicted."""
+    def _make_room(self, kind: Kind = Kind.SNAPSHOT, *, required: bool = True) -> Generator[Action, None, bool]:
+        """Free one slot, waiting for a transfer to end where nothing can be evicted; False if that cannot be.
+
+        It always can, unless reads that never answered have cost the slots it takes.
+        """
         shelf = self.stock.shelf(kind)
         while shelf.free == 0:
             action = self._evict(kind) or self._give_up(kind)
             if action is None:
                 if not self.stock.writes and not self.stock.reads:
-                    raise PlanError(f"no {kind.value} slot can be freed: {sorted(shelf.memory)[:20]} are all in use")
+                    if required:
+                        raise self._no_room(shelf)
+                    return False
                 action = Await()
             yield action
+        return True
+
+    def _no_room(self, shelf: Shelf) -> Exception:
+        if shelf.capacity < shelf.made_with:
+            return StorageError(
+                f"storage stopped answering in the middle of reading, and holds the memory of "
+                f"{shelf.made_with - shelf.capacity} of {shelf.made_with} {shelf.kind.value} items, without which the "
+                "sweep cannot go on; give more memory, or another disk"
+            )
+        return PlanError(f"no {shelf.kind.value} slot can be freed: {sorted(shelf.memory)[:20]} are all in use")
 
     def _give_up(self, kind: Kind) -> Action | None:
         """An item whose write failed, and which nothing protects, when there is no other way."""
@@ -243,6 +258,8 @@ class AsynchronousPlan:
     def _push(self, window: int) -> Actions:
         """Keep the working state, which is at `window`, in a slot of its own until its adjoint."""
         if not (window == 0 and self.layout.initial_is_free):
+            while window * self.layout.window in self.stock.snapshots.memory:
+                yield Await(self._snapshot(window))  # it was given up while it was being written
             yield from self._make_room()
             yield Store(self._at(window))
             self._protect(window)
@@ -261,8 +278,7 @@ class AsynchronousPlan:
         if window is None or not self._exists(window):
             return
         self._protect(window)
-        if not self._coming(window) and self._stored(window):
-            yield from self._make_room()
+        if not self._coming(window) and self._stored(window) and (yield from self._make_room(required=False)):
             yield Read(self._snapshot(window))
 
     # Forward sweep -----------------------------------------------------------------------------
@@ -331,8 +347,9 @@ class AsynchronousPlan:
             if self._queue_is_stuck(window):
                 yield from self._thin_queue()
             return
-        if self.layout.fixed_spacing and self.stock.snapshots.free == 0:
-            yield from self._make_room()
+        if self.layout.fixed_spacing:
+            while self.stock.snapshots.available() <= 0 and self.stock.writes:
+                yield Await()
         yield from self._try_store(window)
 
     def _try_store(self, window: int) -> Actions:
@@ -495,6 +512,8 @@ class AsynchronousPlan:
             top = self._adjoint
             while self._restarts and self._restarts[-1] > top:
                 yield from self._finish(self._restarts[-1])
+            while self._recorded and self._recorded[-1] > top:  # an empty window, by which the end was found
+                yield Discard(self._residuals(self._recorded.pop()))
             if self._recorded and self._recorded[-1] == top:
                 yield from self._pull_back(top)
             elif self._work == top:
@@ -510,10 +529,10 @@ class AsynchronousPlan:
         self._protect(start)
         if not self._resident(start):
             yield from self._request(start)
-            while self._exists(start) and not self._resident(start):
+            while self._coming(start) and not self._resident(start):
                 yield Await(self._snapshot(start))
             if not self._resident(start):
-                self._lose(start)
+                yield from self._lose(start)
                 return
         base = self._recorded[-1] + 1 if self._recorded else 0
         if start < base:
@@ -534,11 +553,14 @@ class AsynchronousPlan:
             yield from self._prefetch_snapshots(min(length, slots) - 1)
         yield from self._interval(start, length, self.stock.snapshots.available() + 1, below)
 
-    def _lose(self, window: int) -> None:
-        self.stock.snapshots.protected.discard(window * self.layout.window)
-        self._restarts.pop()
+    def _lose(self, window: int) -> Actions:
+        """Live without a restart point: its interval merges with the one below."""
+        yield from self._finish(window)
         if not self._restarts:
-            raise PlanError("state 0 was lost: nothing is left to recompute from")
+            raise StorageError(
+                "state 0 was lost on storage, so that nothing is left to recompute from; give memory for three "
+                "states or more, and it is kept there throughout"
+            )
 
     def _prefetch_snapshots(self, needed: int) -> Actions:
         """Read further restart points ahead, but leave `needed` slots to the current interval."""

@@ -42,7 +42,8 @@ class Shelf:
 
     def __init__(self, kind: Kind, capacity: int) -> None:
         self.kind = kind
-        self.capacity = capacity
+        self.capacity = self.made_with = capacity
+        """Slots that can be used; fewer than it was made with while a read that was given up may still fill some."""
         self.memory: dict[int, Status] = {}
         self.stored: set[int] = set()
         self.clean: set[int] = set()

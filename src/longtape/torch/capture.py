@@ -1,8 +1,8 @@
 """A step captured as graphs.
 
 This file owns the meeting with TorchDynamo: compiling a step, calling it under Dynamo's
-guards, and telling which graph answered.  ``graphs.py`` decides what a graph is split
-into, ``programs.py`` writes it as Python, ``tape.py`` uses it to run and reverse a loop.
+guards, and telling which graph answered.  ``partition.py`` splits a graph,
+``programs.py`` writes it as Python, ``tape.py`` runs and reverses a loop with it.
 
 Every call of a step passes Dynamo's guards, so a step that would now take another path
 (a closed-over flag, another shape) meets another graph, or `CaptureFailed`; it is never
@@ -15,8 +15,6 @@ Threads: any number may use one `CapturedStep`, each through tapes of its own.
 from __future__ import annotations
 
 import contextlib
-import logging
-import re
 import threading
 import types
 import warnings
@@ -26,8 +24,10 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from longtape.torch.graphs import CaptureFailed, Operand, Signature, StepGraph, leaf_number, trace
+from longtape.torch.graphs import CaptureFailed, Operand, Signature, StepGraph, leaf_number
+from longtape.torch.partition import trace
 from longtape.torch.programs import forward_program
+from longtape.torch.reasons import reason, silence_loggers, this_thread
 
 Leaves = Sequence[Any]
 """Leaves of a pytree in its order: tensors, and None where the tree has None."""
@@ -159,7 +159,7 @@ class CapturedStep:
             with self.settings():
                 return self.run(step, carry, x, saving=saving)
         call.begin(carry, x, saving=saving)
-        _thread.capturing = True
+        this_thread.capturing = True
         try:
             tree = (self._compiled or self._compile())(step, *carry, *x)
         except Exception as error:
@@ -168,10 +168,10 @@ class CapturedStep:
             if self._old_graphs and type(error).__name__ == "FailOnRecompileLimitHit":
                 self._compiled, self.graphs, self._old_graphs = None, [], 0
                 return self.run(step, carry, x, saving=saving)
-            self.failure = _reason(error)
+            self.failure = reason(error)
             raise CaptureFailed(self.failure) from error
         finally:
-            _thread.capturing = False
+            this_thread.capturing = False
         if call.graph is None:
             self.failure = "the step computes nothing"
             raise CaptureFailed(self.failure)
@@ -180,7 +180,7 @@ class CapturedStep:
         return call
 
     def _compile(self) -> Callable[..., Any]:
-        _silence_loggers()
+        silence_loggers()
         carry_spec, x_spec, split = self.carry_spec, self.x_spec, self.carry_spec.num_leaves
 
         def flat_step(step: Callable[..., Any], *leaves: Any) -> Any:
@@ -290,56 +290,3 @@ def _dispatcher(call: Call, graph: StepGraph, asked: list[int]) -> Callable[...,
             return dispatch(*inputs)
 
     return dispatch_without_casts if casting else dispatch
-
-
-_PLAIN_WORDS = {
-    "Detected data-dependent branching": "the step branches on the values of a tensor",
-    "does not support input mutations": "the step changes an argument or a closed-over tensor in place",
-    "leaf Variable that requires grad": "the step changes an argument in place",
-    "certain side effects": "the step changes Python objects from outside it",
-    "recompile_limit": "the step takes another path, or meets other shapes or Python values, again and again",
-}
-
-
-def _reason(error: BaseException) -> str:
-    """One line that says why a capture failed, and where in the user's code."""
-    cause: BaseException = error
-    while not isinstance(cause, CaptureFailed):
-        inner = getattr(cause, "inner_exception", None) or cause.__cause__
-        if inner is None or type(cause).__name__ == "Unsupported":
-            break
-        cause = inner
-    if isinstance(cause, CaptureFailed):
-        return str(cause)
-    text = str(cause)
-    said = next((words for sign, words in _PLAIN_WORDS.items() if sign in text or sign in type(cause).__name__), None)
-    if said is None:
-        explanation = re.search(r"Explanation: (.+)", text)
-        first = next((line.strip() for line in text.splitlines() if line.strip()), "")
-        said = f"{type(cause).__name__}: {explanation[1] if explanation else first}"
-    frames = [f for f in re.findall(r'File "(.+?)", line (\d+)', str(error)) if f[0] != __file__]
-    return said + (f" ({frames[-1][0]}:{frames[-1][1]})" if frames else "")
-
-
-class _Silence(logging.Filter):
-    """Drops what PyTorch logs in a thread while that thread captures: `CaptureFailed` says it."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not _thread.capturing
-
-
-class _Thread(threading.local):
-    capturing = False
-
-
-_thread = _Thread()
-_silence = _Silence()
-
-
-def _silence_loggers() -> None:
-    """Put the filter on PyTorch's loggers; changing their levels around each sweep would cost more than many steps."""
-    import torch._functorch.aot_autograd  # noqa: F401  its loggers must exist
-
-    for name, logger in list(logging.Logger.manager.loggerDict.items()):
-        if name.startswith("torch.") and isinstance(logger, logging.Logger):
-            logger.addFilter(_silence)

@@ -3,25 +3,24 @@
 Owns how a step is called, how the tensors it closes over are found, and how its
 adjoint is taken.  Knows no sweep, slot or plan.
 
-How closed-over tensors are found.  In the forward sweep the step runs without
-gradients on detached carry and inputs, so any tensor that requires a gradient and
-reaches an operator was closed over (or was made inside the step, and is gone after
-it).  When the adjoint is taken, the step's graph is walked: an edge that leaves it
-towards a tensor not found before is an error, never a lost gradient.
+Closed-over tensors are found in the forward sweep (`closures`).  When the adjoint is
+taken, the step's graph is walked: an edge that leaves it towards a tensor not found
+before is an error, never a lost gradient.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from longtape.errors import StepError
+from longtape.torch.closures import Closures, Created
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure, flatten
 
@@ -46,62 +45,6 @@ class Ambient:
         for device, dtype, enabled in self._settings:
             stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
         return stack
-
-
-def _tensors(args: Any) -> Iterator[torch.Tensor]:
-    for arg in args:
-        if isinstance(arg, torch.Tensor):
-            yield arg
-        elif isinstance(arg, (list, tuple)):
-            yield from _tensors(arg)
-
-
-class Closures(TorchDispatchMode):
-    """Notes the tensors that require a gradient and reach an operator while gradients are off."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._found: dict[int, weakref.ref[torch.Tensor]] = {}
-        self.some_died = False
-        """Whether the step made tensors of its own that require a gradient."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for tensor in _tensors(args):
-            if tensor.requires_grad and id(tensor) not in self._found:
-                self._note(tensor)
-        if kwargs:
-            for tensor in _tensors(kwargs.values()):
-                if tensor.requires_grad and id(tensor) not in self._found:
-                    self._note(tensor)
-            return func(*args, **kwargs)
-        return func(*args)
-
-    def _note(self, tensor: torch.Tensor) -> None:
-        identity = id(tensor)
-
-        def forget(_: object) -> None:
-            self._found.pop(identity, None)
-            self.some_died = True
-
-        self._found[identity] = weakref.ref(tensor, forget)
-
-    def tensors(self) -> Leaves:
-        """Those still alive, in the order they were met."""
-        return [tensor for ref in self._found.values() if (tensor := ref()) is not None]
-
-
-class _Created(TorchDispatchMode):
-    """Keeps the tensors that operators return, so that leaves made inside a step can be told apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, torch.Tensor] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in _tensors(result if isinstance(result, (list, tuple)) else (result,)):
-            self.made[id(tensor)] = tensor
-        return result
 
 
 def differentiable(tensor: torch.Tensor) -> bool:
@@ -145,26 +88,28 @@ class EagerStep:
         self.y: Structure | None = None
         """Of what steps return beside the carry; None before the first call."""
         self._y_like: list[tuple[torch.Size, torch.dtype]] | None = None
-        self._closures = Closures()
+        self.closures: Closures | None = Closures()
+        """Watches the forward sweep; None to run unwatched, where no gradient is wanted."""
         self._mutates_carry = False
         self._gradients: dict[int, torch.Tensor] = {}
         self._owned: set[int] = set()
         self._closed: Leaves = []
-        self._closed_ids: set[int] = set()
-        self._outside_nodes: set[Any] = set()
+        self._stand_ins: dict[int, torch.Tensor] = {}
+        self._known: set[int] = set()
+        self._outside_edges: set[tuple[Any, int]] = set()
 
     # Calling ---------------------------------------------------------------------------------
 
     def _call(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
-        versions = [tensor._version for tensor in carry], [tensor._version for tensor in x]
+        versions = _versions(carry), _versions(x)
         result = self._step(self._carry.build(carry), self._inputs.structure.build(x))
         if not isinstance(result, tuple) or len(result) != 2:
             raise StepError(f"step {index} must return (carry, y), not {type(result).__name__}")
         carry_out = self._check_carry(index, result[0], carry)
         y_out = self._check_y(index, result[1])
-        if [tensor._version for tensor in x] != versions[1]:
+        if _versions(x) != versions[1]:
             raise StepError(f"step {index} modifies its input x in place, which would change what it is run on again")
-        self._mutates_carry |= [tensor._version for tensor in carry] != versions[0]
+        self._mutates_carry |= _versions(carry) != versions[0]
         return carry_out, y_out
 
     def _check_carry(self, index: int, tree: Any, carry: Leaves) -> Leaves:
@@ -197,13 +142,24 @@ class EagerStep:
 
     def advance(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
         """Run one step without gradients."""
-        with torch.no_grad(), self._ambient(), self._closures:
-            carry, y = self._call(index, carry, x)
+        watched = self.closures
+        if watched is None:
+            with torch.no_grad(), self._ambient():
+                carry, y = self._call(index, carry, x)
+        else:
+            watched.begin(index, carry, x)
+            with torch.no_grad(), self._ambient(), watched:
+                carry, y = self._call(index, carry, x)
+            watched.end(carry, y)
         return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
 
     def closed_over(self) -> Leaves:
         """Every tensor requiring a gradient that steps run so far have used, beside carry and x."""
-        return self._closures.tensors()
+        return [] if self.closures is None else self.closures.tensors()
+
+    def outside(self) -> Leaves:
+        """Every tensor that steps run so far have read, beside carry and x."""
+        return [] if self.closures is None else self.closures.outside()
 
     def forget(self) -> None:
         """Drop what was accumulated."""
@@ -223,8 +179,9 @@ class EagerStep:
     def begin_reverse(self, closed: Leaves) -> None:
         """Start accumulating cotangents of the closed-over tensors, from nothing."""
         self._closed, self._gradients, self._owned = closed, {}, set()
-        self._closed_ids = {id(tensor) for tensor in closed}
-        self._outside_nodes = {tensor.grad_fn for tensor in closed if tensor.grad_fn is not None}
+        self._stand_ins = {id(tensor): tensor.detach().requires_grad_() for tensor in _dependent(closed)}
+        self._known = {id(tensor) for tensor in [*closed, *self._stand_ins.values()]}
+        self._outside_edges = {_edge(tensor) for tensor in closed if tensor.grad_fn and id(tensor) not in self._stand_ins}
 
     def tape(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Tape]:
         """Run one step with gradients; returns the detached carry and the graph."""
@@ -233,8 +190,10 @@ class EagerStep:
             stack.enter_context(self._ambient())
             carry_in = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
             x_in = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
-            if self._closures.some_died:
-                made = stack.enter_context(_Created()).made
+            if self.closures is not None and self.closures.some_died:
+                made = stack.enter_context(Created()).made
+            if self._stand_ins:
+                stack.enter_context(_StandIns(self._stand_ins))
             # A leaf that requires a gradient must not be written to; a copy of it may.
             given = [leaf.clone() for leaf in carry_in] if self._mutates_carry else carry_in
             newest = torch.zeros((), requires_grad=True).clone().grad_fn
@@ -247,12 +206,13 @@ class EagerStep:
     ) -> None:
         """Every edge that leaves the step's graph must lead to a tensor whose cotangent is accounted for."""
         first = newest._sequence_nr()
-        known = {id(tensor) for tensor in own} | self._closed_ids
+        known = {id(tensor) for tensor in own} | self._known
         seen: set[Any] = set()
-        pending = [leaf.grad_fn for leaf in outputs if leaf.grad_fn is not None]
+        pending = [_edge(leaf) for leaf in outputs if leaf.grad_fn is not None]
         while pending:
-            node = pending.pop()
-            if node in seen or node in self._outside_nodes:
+            edge = pending.pop()
+            node = edge[0]
+            if node in seen or edge in self._outside_edges:
                 continue
             seen.add(node)
             variable = getattr(node, "variable", None)
@@ -262,7 +222,7 @@ class EagerStep:
             elif node._sequence_nr() < first:
                 raise _unknown_closure(index, None)
             else:
-                pending.extend(child for child, _ in node.next_functions if child is not None)
+                pending.extend(child for child in node.next_functions if child[0] is not None)
 
     def pull_back(self, tape: Tape, carry_bar: Cotangents, y_bar: Cotangents) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the carry and x that one step was given; those of closed-over tensors accumulate."""
@@ -272,7 +232,7 @@ class EagerStep:
                 outputs.append(leaf)
                 seeds.append(bar)
         own = [leaf for leaf in tape.carry_in + tape.x_in if leaf.requires_grad]
-        targets = own + self._closed
+        targets = own + [self._stand_ins.get(id(tensor), tensor) for tensor in self._closed]
         if not outputs or not targets:
             found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
         else:
@@ -298,6 +258,53 @@ class EagerStep:
     def gradients(self) -> Cotangents:
         """What `pull_back` has accumulated, in the order of the closed-over tensors."""
         return [self._gradients.get(id(tensor)) for tensor in self._closed]
+
+
+class _StandIns(TorchFunctionMode):
+    """Replaces tensors by others wherever they are an argument."""
+
+    def __init__(self, by_identity: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self._by_identity = by_identity
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda tensor: self._by_identity.get(id(tensor), tensor), (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+def _versions(leaves: Leaves) -> list[int]:
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves]
+
+
+def _edge(tensor: torch.Tensor) -> tuple[Any, int]:
+    return tensor.grad_fn, tensor.output_nr
+
+
+def _dependent(closed: Leaves) -> Leaves:
+    """Those tensors that are computed from others of them.
+
+    Asked for the gradients of both, autograd would go on from the one to the other outside the step, and what
+    goes that way would be counted twice.
+    """
+    nodes = {tensor.grad_fn for tensor in closed if tensor.grad_fn is not None}
+    identities = {id(tensor) for tensor in closed}
+    return [tensor for tensor in closed if tensor.grad_fn is not None and _leads_to(tensor.grad_fn, nodes, identities)]
+
+
+def _leads_to(start: Any, nodes: set[Any], identities: set[int]) -> bool:
+    """Whether the graph behind a node holds one of these nodes or leaves."""
+    seen, pending = {start}, [start]
+    while pending:
+        for child, _ in pending.pop().next_functions:
+            if child is None or child in seen:
+                continue
+            if child in nodes or id(getattr(child, "variable", None)) in identities:
+                return True
+            seen.add(child)
+            pending.append(child)
+    return False
 
 
 def _unknown_closure(index: int, variable: torch.Tensor | None) -> StepError:

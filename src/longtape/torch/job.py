@@ -18,23 +18,42 @@ from longtape.errors import StepError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Slot
+from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
+from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
 
 
 class Randomness:
-    """The state of the CPU generator, kept as one more leaf of a snapshot when steps draw from it."""
+    """The state of PyTorch's default generators, kept as one more leaf of a snapshot when steps draw from them.
 
-    def __init__(self) -> None:
-        self.at_start = torch.get_rng_state()
+    Args:
+        devices: Where steps may run beside the CPU.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = ()) -> None:
+        self._others = sorted({device for device in devices if device.type not in ("cpu", "meta")}, key=str)
+        self.at_start = self.state()
         self.used = False
+
+    def state(self) -> torch.Tensor:
+        """As bytes."""
+        others = [torch.get_device_module(device).get_rng_state(device) for device in self._others]
+        return torch.cat([torch.get_rng_state(), *others])
+
+    def set(self, state: torch.Tensor) -> None:
+        """Go back to a state."""
+        size = torch.get_rng_state().numel()
+        torch.set_rng_state(state[:size])
+        for device, part in zip(self._others, state[size:].chunk(max(1, len(self._others))), strict=False):
+            torch.get_device_module(device).set_rng_state(part, device)
 
     def note(self) -> bool:
         """Whether random numbers were drawn since the start."""
-        self.used = self.used or not torch.equal(torch.get_rng_state(), self.at_start)
+        self.used = self.used or not torch.equal(self.state(), self.at_start)
         return self.used
 
 
@@ -119,7 +138,7 @@ class ScanJob:
             for view, leaf in zip(views, self.carry, strict=False):
                 view.copy_(leaf)
         if self._keeps_random:
-            views[-1].copy_(torch.get_rng_state())
+            views[-1].copy_(self.randomness.state())
         return slot
 
     def load(self, slot: Slot) -> None:
@@ -129,13 +148,13 @@ class ScanJob:
             for view, leaf in zip(views, self.init, strict=False)
         ]
         if self._keeps_random:
-            torch.set_rng_state(views[-1])
+            self.randomness.set(views[-1])
 
     def load_initial(self) -> None:
         # A copy: the step may update its carry in place, and the caller's tensors are not ours to change.
         self.carry = [leaf.clone() for leaf in self.init]
         if self.randomness.used:
-            torch.set_rng_state(self.randomness.at_start)
+            self.randomness.set(self.randomness.at_start)
 
     def yield_slot(self, slot: Slot) -> Slot:
         return slot
@@ -143,12 +162,20 @@ class ScanJob:
     # Steps -----------------------------------------------------------------------------------
 
     def advance(self, start: int, stop: int) -> int:
-        step, inputs = self.stepper, self.inputs
-        for index in range(start, stop):
-            self.carry, y = step.advance(index, self.carry, inputs.leaves(index))
-            self._put(index, y)
+        self.run_plainly(start, stop)
         self._check_randomness()
         return stop
+
+    def run_plainly(self, start: int, stop: int) -> None:
+        """Run steps that need never be run again."""
+        step, inputs, index = self.stepper, self.inputs, start
+        try:
+            for index in range(start, stop):
+                self.carry, y = step.advance(index, self.carry, inputs.leaves(index))
+                self._put(index, y)
+        except Exception as error:
+            _name_step(error, index)
+            raise
 
     def _put(self, index: int, y: Leaves) -> None:
         if index >= self._reached:
@@ -178,9 +205,14 @@ class ScanJob:
         assert isinstance(self.stepper, EagerStep)
         tapes = []
         carry = self.carry
-        for index in range(start, stop):
-            carry, tape = self.stepper.tape(index, carry, self.inputs.leaves(index))
-            tapes.append(tape)
+        index = start
+        try:
+            for index in range(start, stop):
+                carry, tape = self.stepper.tape(index, carry, self.inputs.leaves(index))
+                tapes.append(tape)
+        except Exception as error:
+            _name_step(error, index)
+            raise
         carry_bar = totals(self._carry_bar)
         while tapes:
             tape = tapes.pop()
@@ -243,18 +275,18 @@ class ScanJob:
         return self._measured
 
     def _time(self) -> JobCosts:
-        clock, x = time.perf_counter, self.inputs.leaves(0)
+        clock = time.perf_counter
 
         def forward() -> float:
             self.load_initial()
             began = clock()
-            self.stepper.advance(0, self.carry, x)
+            self.stepper.advance(0, self.carry, self.inputs.leaves(0))
             return clock() - began
 
         def busy() -> None:
             forward()
 
-        seconds = min(forward() for _ in range(3))
+        seconds = _least(forward)
         if isinstance(self.stepper, CapturedSteps):
             costs = self._time_recording(self.stepper, seconds)
         else:
@@ -267,16 +299,20 @@ class ScanJob:
         block = steps.spare_block()
         clock, x = time.perf_counter, self.inputs.leaves(0)
         record, pull_back = [], []
-        for _ in range(3):
+
+        def once() -> float:
             self.load_initial()
             began = clock()
-            carry, y, number = steps.record(0, self.carry, x, block, 0)
+            carry, y, number = steps.record(0, self.carry, self.inputs.leaves(0), block, 0)
             turned = clock()
             ones = ones_like([*carry, *y])
             ready = clock()
             steps.pull_back(number, block, 0, x, list(ones[: len(carry)]), list(ones[len(carry) :]))
             record.append(turned - began)
             pull_back.append(clock() - ready)
+            return clock() - began
+
+        _least(once)
         steps.forget()
         return JobCosts(
             forward=forward, reverse=min(record) + min(pull_back), record=min(record), pull_back=min(pull_back)
@@ -284,16 +320,18 @@ class ScanJob:
 
     def _time_taping(self, step: EagerStep) -> float:
         """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
-        clock, x, seconds = time.perf_counter, self.inputs.leaves(0), []
-        for _ in range(3):
+        clock, x = time.perf_counter, self.inputs.leaves(0)
+
+        def once() -> float:
             self.load_initial()
             step.begin_reverse(step.closed_over())
             began = clock()
             tape = self._tape_first(step, x)
             ones = ones_like(tape.carry_out + tape.y_out)
             step.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
-            seconds.append(clock() - began)
-        return min(seconds)
+            return clock() - began
+
+        return _least(once)
 
     def _tape_first(self, step: EagerStep, x: Leaves) -> Tape:
         saved: dict[int, int] = {}
@@ -309,6 +347,19 @@ class ScanJob:
             saved.pop(tensor.untyped_storage().data_ptr(), None)
         self.tape_nbytes = sum(saved.values())
         return tape
+
+
+def _name_step(error: Exception, index: int) -> None:
+    if not isinstance(error, CaptureFailed | RoomExceeded):
+        error.add_note(f"longtape: in step {index} of the scan")
+
+
+def _least(timed: Callable[[], float]) -> float:
+    """The least of a few timings: at least three, and more where they are short."""
+    seconds = [timed() for _ in range(3)]
+    while sum(seconds) < 0.02 and len(seconds) < 50:
+        seconds.append(timed())
+    return min(seconds)
 
 
 def disagreement(captured: ScanJob, eager: ScanJob) -> str | None:

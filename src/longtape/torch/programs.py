@@ -1,9 +1,8 @@
 """A `StepGraph` written out as straight-line Python.
 
-This file owns the text of the forward and backward programs and nothing else.  A
-generated line is one call of a prebound operator: interpreting the graph would cost as
-much as small operators do.  A value is dropped right after its last use, so that its
-memory, still in cache, serves the next one.
+This file owns which computations the forward and backward programs hold, and in what
+order sums are taken; ``writer.py`` owns the text of each.  Interpreting the graph would
+cost as much as small operators do; a generated line is one call of a prebound operator.
 
 Backward is written once per *pattern* of cotangents.  Where an output's cotangent is
 undefined, what depends on it alone is left out, as autograd leaves it out; filling in
@@ -16,15 +15,15 @@ that sums over steps come out with the same bits.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from longtape.torch.graphs import StepGraph, is_random, is_view
+from longtape.torch.graphs import StepGraph
+from longtape.torch.simplify import is_view
+from longtape.torch.writer import Line, Writer, operators, same_kind
 
 _aten = torch.ops.aten
 
@@ -32,37 +31,8 @@ Pattern = tuple[int, ...]
 """Per output: how many contributions its cotangent has; 0 where it is undefined."""
 
 
-def _operators(names: str) -> dict[str, Any]:
-    """ATen's operators by name; ``add.Tensor`` names an overload, ``mm`` the default one."""
-    split = [name.partition(".") for name in names.split()]
-    return {name: getattr(getattr(_aten, name), overload or "default") for name, _, overload in split}
-
-
-_FAST: dict[Any, Callable[..., Any]] = {
-    operator: getattr(torch, name)
-    for name, operator in _operators(
-        "add.Tensor sub.Tensor mul.Tensor div.Tensor unsafe_split.Tensor neg tanh sigmoid relu exp log sqrt rsqrt sin"
-        " cos mm addmm bmm baddbmm t cat unsqueeze permute sum.dim_IntList transpose.int select.int where.self"
-        " pow.Tensor_Scalar"
-    ).items()
-} | {_aten.view.default: torch.Tensor.view, _aten.expand.default: torch.Tensor.expand}
-"""Operators whose own Python binding takes the same arguments and is about 0.5 µs quicker to enter."""
-
-_IN_PLACE: dict[Any, Callable[..., Any]] = {
-    operator: getattr(torch.Tensor, name + "_")
-    for name, operator in _operators(
-        "add.Tensor sub.Tensor mul.Tensor div.Tensor neg tanh sigmoid relu exp sin cos"
-    ).items()
-}
-"""Operators that compute the same bits into their first argument."""
-
-_COMMUTATIVE = {_aten.add.Tensor, _aten.mul.Tensor}
-
-_FRESH = {*_IN_PLACE, *_operators("mm addmm bmm baddbmm tanh_backward").values()}
-"""Operators known to return memory that nothing else refers to."""
-
 _ZERO_FROM_ZERO = {
-    *_operators(
+    *operators(
         "mul.Tensor mul.Scalar div.Scalar neg mm bmm mv dot cat stack clone sum.dim_IntList _to_copy triu tril"
         " scatter_add _conj _unsafe_view constant_pad_nd flip roll"
     ).values()
@@ -99,129 +69,8 @@ def backward_program(graph: StepGraph, pattern: Pattern) -> Callable[..., Any]:
     return program
 
 
-@dataclass(frozen=True, slots=True)
-class _Line:
-    target: str | None
-    text: str
-    inputs: tuple[str, ...]
-    keep: bool = False
-    """Needed even where nothing reads its result."""
-    node: fx.Node | None = None
-    """The computation, where it is one of the trace."""
-    arguments: tuple[str, ...] = ()
-    """Its positional arguments, then its keyword ones, as text."""
-
-
-class _Writer:
-    """The lines of one function in single-assignment form, and the objects they name."""
-
-    def __init__(self) -> None:
-        self.lines: list[_Line] = []
-        self.values: dict[fx.Node, str | None] = {}
-        """Per node the name of its value; None where it is undefined (a zero cotangent)."""
-        self._bound: dict[str, Any] = {}
-        self._known: dict[int, str] = {}
-
-    def bind(self, value: Any, prefix: str = "k") -> str:
-        """A name for an object that cannot be written as a literal."""
-        if id(value) not in self._known:
-            self._known[id(value)] = f"{prefix}{len(self._bound)}"
-            self._bound[self._known[id(value)]] = value
-        return self._known[id(value)]
-
-    def add(self, text: str, inputs: Iterable[str], **more: Any) -> str:
-        """Append a line; returns the name of its value."""
-        target = f"v{len(self.lines)}"
-        self.lines.append(_Line(target, text, tuple(inputs), **more))
-        return target
-
-    def name(self, node: fx.Node) -> str:
-        if node.op == "get_attr":
-            return self.bind(node.meta["constant"])
-        name = self.values[node]
-        assert name is not None, f"{node} is undefined where its value is read"
-        return name
-
-    def text(self, value: Any) -> str:
-        """An argument as source text."""
-        if isinstance(value, fx.Node):
-            return self.name(value)
-        if isinstance(value, list | tuple):
-            inner = ", ".join(map(self.text, value))
-            # A tuple of numbers is a constant of the code object; a list is built anew at each call.
-            return f"[{inner}]" if any(isinstance(v, fx.Node) for v in value) else f"({inner},)" if value else "()"
-        if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-            return repr(value)
-        return self.bind(value)
-
-    def run(self, node: fx.Node) -> None:
-        """Append a node's computation."""
-        if node.op == "get_attr":
-            return
-        arguments = (*map(self.text, node.args), *(f"{k}={self.text(v)}" for k, v in node.kwargs.items()))
-        if isinstance(node.target, torch._ops.OpOverload):
-            function = self.bind(_FAST.get(node.target) or node.target._op, "op")
-            text = f"{function}({', '.join(arguments)})"
-        else:
-            text = f"{arguments[0]}[{arguments[1]}]"
-        inputs = map(self.name, node.all_input_nodes)
-        self.values[node] = self.add(text, inputs, keep=is_random(node), node=node, arguments=arguments)
-
-    def finish(self, signature: str, result: str, results: Iterable[str]) -> Callable[..., Any]:
-        """Compile the lines that matter, dropping or reusing each value after its last use."""
-        used = set(results)
-        reusable = self._reusable()
-        body = [f"return {result}"]
-        for line in reversed(self.lines):
-            if line.target not in used and not line.keep:
-                continue
-            named = dict.fromkeys((*line.inputs, line.target or ""))
-            ended = [name for name in named if name not in used and name.startswith("v")]
-            if ended:
-                body.append("del " + ", ".join(ended))
-            text = self._in_place(line, [name for name in ended if name in reusable]) or line.text
-            body.append(f"{line.target} = {text}" if line.target else text)
-            used.update(line.inputs)
-        source = f"def program({signature}):\n    " + "\n    ".join(reversed(body))
-        scope = dict(self._bound)
-        exec(compile(source, "<longtape program>", "exec"), scope)
-        program: Callable[..., Any] = scope["program"]
-        program.__doc__ = source
-        return program
-
-    def _reusable(self) -> dict[str, fx.Node]:
-        """The values whose memory nothing else refers to, now or later, and what computes them."""
-        shared = {name for line in self.lines if line.node is None or _may_share(line.node) for name in line.inputs}
-        made = {line.target: line.node for line in self.lines if line.node is not None and line.target is not None}
-        return {name: node for name, node in made.items() if node.target in _FRESH and name not in shared}
-
-    def _in_place(self, line: _Line, ended: list[str]) -> str | None:
-        """A line rewritten to compute into an operand that ends with it, where that gives the same bits and layout."""
-        node = line.node
-        if node is None or node.target not in _IN_PLACE:
-            return None
-        for k in (0, 1) if node.target in _COMMUTATIVE and not node.kwargs else (0,):
-            operand, name = node.args[k], line.arguments[k]
-            if name in ended and isinstance(operand, fx.Node) and _same_layout(operand, node):
-                rest = [text for i, text in enumerate(line.arguments) if i != k]
-                return f"{self.bind(_IN_PLACE[node.target], 'op')}({', '.join([name, *rest])})"
-        return None
-
-
-def _may_share(node: fx.Node) -> bool:
-    """Whether a value may lie in memory of an argument."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    name = node.target._schema.name
-    return is_view(node) or "unsafe" in name or any(r.alias_info is not None for r in node.target._schema.returns)
-
-
-def _same_layout(a: fx.Node, b: fx.Node) -> bool:
-    return _same_kind(a, b) and bool(a.meta["val"].stride() == b.meta["val"].stride())
-
-
 def _write_forward(graph: StepGraph, saving: bool) -> Callable[..., Any]:
-    writer = _Writer()
+    writer = Writer()
     writer.values = {node: f"p{k}" for k, node in enumerate(graph.placeholders)}
     for node in graph.forward:
         writer.run(node)
@@ -244,9 +93,8 @@ class _Backward:
 
     def __init__(self, graph: StepGraph, pattern: Pattern) -> None:
         self.graph = graph
-        self.writer = _Writer()
+        self.writer = Writer()
         self.contributions: dict[fx.Node, list[str]] = {}
-        self.header: list[str] = []
         self.linear = _depending_on_tangents(graph)
         """The nodes whose values are linear in the cotangents, and so undefined where those are."""
         self._name_arguments(pattern)
@@ -292,9 +140,9 @@ class _Backward:
         count = len(self.graph.residuals)
         lines = []
         if count:
-            lines.append(_Line(None, ", ".join(f"r{k}" for k in range(count)) + ", = residuals", (), keep=True))
+            lines.append(Line(None, ", ".join(f"r{k}" for k in range(count)) + ", = residuals", (), keep=True))
         if self.flat:
-            lines.append(_Line(None, ", ".join(self.flat) + ", = cotangents", (), keep=True))
+            lines.append(Line(None, ", ".join(self.flat) + ", = cotangents", (), keep=True))
         self.writer.lines[:0] = lines
 
     # --- cotangents, defined and undefined ---
@@ -349,7 +197,7 @@ class _Backward:
         """A sum or difference of which one side is undefined is its other side."""
         if node.target not in (_aten.add.Tensor, _aten.sub.Tensor) or node.kwargs or len(node.args) != 2:
             return False
-        if not all(isinstance(a, fx.Node) and _same_kind(a, node) for a in node.args):
+        if not all(isinstance(a, fx.Node) and same_kind(a, node) for a in node.args):
             return False
         left, right = (self.writer.values.get(a) for a in node.args)  # type: ignore[arg-type]
         if left is not None:
@@ -402,7 +250,7 @@ class _Backward:
             and len(node.users) == 1
             and self.graph.gradients.count(node) < 2
             and node in self.linear
-            and all(isinstance(a, fx.Node) and a in self.linear and _same_kind(a, node) for a in node.args)
+            and all(isinstance(a, fx.Node) and a in self.linear and same_kind(a, node) for a in node.args)
             and not all(a in self.contributions for a in node.args)
         )
 
@@ -411,15 +259,15 @@ class _Backward:
         waiting = [(index, list(names)) for index, names in closed if names]
         lines = self.writer.lines
         available: set[str | None] = set()
-        placed: list[_Line] = []
-        for line in [_Line(None, "", ()), *lines]:
+        placed: list[Line] = []
+        for line in [Line(None, "", ()), *lines]:
             available.add(line.target)
             if line.text:
                 placed.append(line)
             for index, names in waiting:
                 while names and (names[0] in available or not names[0].startswith("v")):
                     name = names.pop(0)
-                    placed.append(_Line(None, f"accumulators[{index}].add({name})", (name,), keep=True))
+                    placed.append(Line(None, f"accumulators[{index}].add({name})", (name,), keep=True))
         self.writer.lines = placed
 
 
@@ -434,11 +282,6 @@ def _keeps_zero(node: fx.Node, zeros: list[fx.Node]) -> bool:
     if node.target is _aten.div.Tensor:
         return node.args[0] in zeros and node.args[1] not in zeros
     return node.target in _ZERO_FROM_ZERO
-
-
-def _same_kind(a: fx.Node, b: fx.Node) -> bool:
-    left, right = a.meta["val"], b.meta["val"]
-    return bool(left.shape == right.shape and left.dtype == right.dtype)
 
 
 def _depending_on_tangents(graph: StepGraph) -> set[fx.Node]:
