@@ -21,11 +21,11 @@ from longtape.engine.mover import Budget, Mover
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
 from longtape.errors import BudgetError, StateError, StorageError, UsageError
+from longtape.foresee import layout_of
 from longtape.measure import JobCosts, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.choose import Choice, choose
 from longtape.plan.costs import Costs, Problem
-from longtape.plan.recording import safety_windows
 from longtape.plan.stock import Stock
 from longtape.protocols import Job, Observer, Tier
 from longtape.report import Quantities, Report
@@ -238,23 +238,10 @@ class Run:
         return replace(choice, slots=slots, blocks=1, window=window)
 
     def _layout(self) -> Layout:
-        choice, traits = self.choice, self._traits
-        staging = self._staging()
-        tail = choice.tail
-        if choice.schedule == "asynchronous" and staging is not None:
-            tail = min(tail, staging * choice.window)
-        return Layout(
-            window=choice.window,
-            tail=tail,
-            fixed_spacing=choice.stall_spacing,
-            records=choice.blocks > 0,
-            record_fraction=choice.record_fraction,
-            stores=choice.uses_disk,
-            safety=safety_windows(self._problem(), choice.window),
-            staging=staging,
-            initial_is_free=traits.initial_is_free,
-            pin_initial=choice.uses_disk and choice.slots >= LEAST_TO_PIN and not traits.initial_is_free,
-        )
+        layout, staging = layout_of(self.choice, self._problem()), self._staging()
+        if self.choice.schedule == "asynchronous" and staging is not None:
+            layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
+        return replace(layout, staging=staging, initial_is_free=self._traits.initial_is_free)
 
     def _staging(self) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""

@@ -156,14 +156,16 @@ def time_against_memory(
     axes.annotate(
         note,
         (chosen.memory_nbytes, chosen.seconds),
-        xytext=(0, -20),
+        xytext=(0, 14),
         ha="center",
         textcoords="offset points",
         color=_INK,
     )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda nbytes, _: format_bytes(round(nbytes)))
-    axes.set_ylim(bottom=0)
+    # With one or two slots Revolve takes a hundred times longer; that is off the picture, or hides the rest.
+    highest = max(max(c.seconds for c in members) for members in families.values()) if families else chosen.seconds
+    axes.set_ylim(0, 1.05 * min(highest, 4 * chosen.seconds))
     axes.set_xlabel("memory for snapshots, residuals and transfers", color=_INK)
     axes.set_ylabel("seconds", color=_INK)
     axes.set_title(f"Time against memory: {chosen.family} was chosen", loc="left", weight="bold", color=_INK)

@@ -333,7 +333,7 @@ def run(case: Case) -> Outcome:
 
 def _check_books(mover: Mover, pools: dict[Kind, SlotPool]) -> None:
     """Every slot and every byte of room is accounted for."""
-    lost = {kind: 0 for kind in Kind}
+    lost = dict.fromkeys(Kind, 0)
     for transfer in mover._abandoned:
         lost[transfer.key.kind] += not transfer.is_write
     for kind, pool in pools.items():

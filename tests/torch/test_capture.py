@@ -258,14 +258,12 @@ def test_dropout_draws_the_same_numbers(ys):
 
 
 def test_refusal_after_the_first_run_sets_the_generator_back():
+    def step(h, x):
+        return (h * torch.rand(4),), None
+
     before = torch.get_rng_state()
+    tape = Tape(CapturedStep(pytree.tree_structure(0), pytree.tree_structure(0)), step)
     with pytest.raises(CaptureFailed, match="another structure"):
-        Loop(lambda h, x: ((h * torch.rand(4), h), None), torch.randn(4), [torch.zeros(1)]).by_tape()
-    torch.set_rng_state(before)
-    tape = Tape(
-        CapturedStep(pytree.tree_structure(0), pytree.tree_structure(0)), lambda h, x: ((h * torch.rand(4),), 0)
-    )
-    with pytest.raises(CaptureFailed):
         tape.advance([torch.ones(4)], [torch.ones(4)])
     assert torch.equal(before, torch.get_rng_state())
 
@@ -321,12 +319,11 @@ def test_several_leaves_linked(width):
 
 def test_a_tensor_and_its_transpose_are_stored_once():
     def step(h, x):
-        z = h + x
-        return torch.tanh(z @ z.t() @ h) + z.t() * z, None
+        z = torch.tanh(h + x)
+        return z * z.t(), None
 
-    loop = agree(Loop(step, torch.randn(40, 40), list(torch.randn(STEPS, 40))), exact=False, tolerance=1e-4)
-    # z, z @ z.t(), the tanh and h
-    assert len(loop.captured.graphs[0].residuals) == 4
+    loop = agree(Loop(step, torch.randn(40, 40), list(torch.randn(STEPS, 40))))
+    assert loop.captured.stride_nbytes == 40 * 40 * 4
 
 
 @pytest.mark.parametrize("window", [1, 2, 20])

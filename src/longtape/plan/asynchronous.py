@@ -249,7 +249,8 @@ class AsynchronousPlan:
         if self.stock.writes or self.stock.reads:
             return None
         shelf = self.stock.shelf(kind)
-        unprotected = [s for s, v in shelf.memory.items() if v is Status.RESIDENT and s and s not in shelf.protected]
+        spared = {0} if kind is Kind.SNAPSHOT else set()
+        unprotected = [s for s, v in shelf.memory.items() if v is Status.RESIDENT and s not in shelf.protected | spared]
         return Discard(Key(kind, min(unprotected))) if unprotected else None
 
     def _protect(self, window: int) -> None:

@@ -183,6 +183,10 @@ class CapturedSteps:
         """Every tensor requiring a gradient that steps run so far have used, beside carry and x."""
         return [tensor for tensor, _ in self._tape.gradients()]
 
+    def outside(self) -> Leaves:
+        """Every tensor that steps run so far have read, beside carry and x."""
+        return [tensor for entry in self._tape._entries for tensor in entry.closed]
+
     def begin_reverse(self, closed: Leaves) -> None:
         """Check that nothing was changed since; the tape accumulates by itself."""
         self._tape.check_unmodified()

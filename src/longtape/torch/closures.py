@@ -45,7 +45,7 @@ def tensors_in(args: Iterable[Any]) -> Iterator[torch.Tensor]:
 def memory_of(tensor: torch.Tensor) -> int:
     """Identifies the memory that a tensor and its views share, as long as one of them lives."""
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have none
         return id(tensor)
 
@@ -210,8 +210,8 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     schema = getattr(func, "_schema", None)
     if schema is None or not schema.is_mutable:
         return ()
-    arguments = enumerate(schema.arguments)
-    return tuple((k, argument.name) for k, argument in arguments if argument.alias_info and argument.alias_info.is_write)
+    arguments = [(k, argument.name, argument.alias_info) for k, argument in enumerate(schema.arguments)]
+    return tuple((k, name) for k, name, alias in arguments if alias and alias.is_write)
 
 
 class Created(TorchDispatchMode):

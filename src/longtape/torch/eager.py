@@ -181,7 +181,8 @@ class EagerStep:
         self._closed, self._gradients, self._owned = closed, {}, set()
         self._stand_ins = {id(tensor): tensor.detach().requires_grad_() for tensor in _dependent(closed)}
         self._known = {id(tensor) for tensor in [*closed, *self._stand_ins.values()]}
-        self._outside_edges = {_edge(tensor) for tensor in closed if tensor.grad_fn and id(tensor) not in self._stand_ins}
+        own = [tensor for tensor in closed if tensor.grad_fn and id(tensor) not in self._stand_ins]
+        self._outside_edges = {_edge(tensor) for tensor in own}
 
     def tape(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Tape]:
         """Run one step with gradients; returns the detached carry and the graph."""

@@ -8,7 +8,7 @@ one go, or as captured graphs (`CapturedSteps`), with residuals recorded as byte
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -228,10 +228,15 @@ class ScanJob:
         steps = self.stepper
         assert isinstance(steps, CapturedSteps)
         block, numbers = steps.block(slot), []
-        for index in range(start, stop):
-            self.carry, y, number = steps.record(index, self.carry, self.inputs.leaves(index), block, index - start)
-            self._put(index, y)
-            numbers.append(number)
+        index = start
+        try:
+            for index in range(start, stop):
+                self.carry, y, number = steps.record(index, self.carry, self.inputs.leaves(index), block, index - start)
+                self._put(index, y)
+                numbers.append(number)
+        except Exception as error:
+            _name_step(error, index)
+            raise
         self._check_randomness()
         pattern = tuple(numbers)
         self._numbers[start] = self._patterns.setdefault(pattern, pattern)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from longtape.compose import Run, Settings, Traits
-from longtape.errors import UsageError
+from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
@@ -130,21 +129,22 @@ class _Call:
         self.init, self.inputs, self.steps = init, inputs, steps
         self._step, self._carry, self._settings, self._hooks = step, carry, settings, hooks
         self._ambient = Ambient(leaf.device.type for leaf in [*init, *inputs.stacked] or [torch.empty(0)])
-        self._randomness = Randomness()
+        self._randomness = Randomness(leaf.device for leaf in [*init, *inputs.stacked])
         self._notes: list[str] = []
         self.closed: Leaves = []
         self.pending: _Pending | None = None
 
     def run(self) -> tuple[Any, Any]:
-        job = self._new_job()
-        if not torch.is_grad_enabled() or not self._wants_gradient(job):
-            job.advance(0, self.steps)
-            return self._results(job, job.carry, job.outputs.leaves or [])
+        if not self._wants_gradient():
+            job = self._new_job()
+            if self._finds_none(job):
+                return self._results(job, job.carry, job.outputs.leaves or [])
         self.pending = self._forward()
         job = self.pending.job
         self.closed = job.stepper.closed_over()
         given = [*self.init, *self.inputs.stacked, *self.closed]
-        outputs = _Scan.apply(self, [*job.carry, *(job.outputs.leaves or [])], *given)
+        results = [*job.carry, *(job.outputs.leaves or [])]
+        outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
@@ -161,15 +161,28 @@ class _Call:
         job.layout()
         return job
 
-    def _wants_gradient(self, job: ScanJob) -> bool:
-        """Run step 0 to see what it closes over, whether it draws random numbers, and what it returns."""
-        if any(leaf.requires_grad for leaf in [*self.init, *self.inputs.stacked]):
+    def _wants_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*self.init, *self.inputs.stacked])
+
+    def _finds_none(self, job: ScanJob) -> bool:
+        """Run the plain loop, unless it meets a tensor that requires a gradient."""
+        assert isinstance(job.stepper, EagerStep)
+        if not torch.is_grad_enabled():
+            job.stepper.closures = None
+            job.run_plainly(0, self.steps)
             return True
-        job.stepper.advance(0, job.carry, self.inputs.leaves(0))
-        self._randomness.note()
-        job.load_initial()
-        job.layout()
-        return bool(job.stepper.closed_over())
+        watched = job.stepper.closures
+        assert watched is not None
+        watched.strict = False
+        for start, stop in (0, 1), (1, self.steps):
+            job.run_plainly(start, stop)
+            if watched.tensors():
+                # Whatever was changed in place, the sweeps would now begin with it.
+                if watched.broken is not None:
+                    raise watched.broken
+                self._randomness.note()
+                return False
+        return True
 
     def _results(self, job: ScanJob, carry: Leaves, ys: Leaves) -> tuple[Any, Any]:
         assert job.stepper.y is not None
@@ -225,10 +238,12 @@ class _Call:
                 notes=tuple(self._notes),
             )
             run = Run(job, traits, self._settings, measure=lambda: costs)
-            if self._hooks.on_plan is not None:
-                self._hooks.on_plan(run.choice)
-            run.forward()
-        return _Pending(run, job)
+            pending = _Pending(run, job)
+            with _closed_if_it_fails(run):
+                if self._hooks.on_plan is not None:
+                    self._hooks.on_plan(run.choice)
+                run.forward()
+        return pending
 
     def _check_capture(self, job: ScanJob) -> None:
         """Hold the captured graphs against the step itself, on step 0."""
@@ -238,7 +253,7 @@ class _Call:
 
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
-        after = torch.get_rng_state()
+        after = self._randomness.state()
         try:
             return self._reverse(carry_bar, ys_bar, wants)
         except (CaptureFailed, RoomExceeded) as error:
@@ -247,7 +262,7 @@ class _Call:
             self._notes.append(f"the sweeps were run again without captured graphs: {error}")
             return self._reverse(carry_bar, ys_bar, wants)
         finally:
-            torch.set_rng_state(after)
+            self._randomness.set(after)
 
     def _reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         if self.pending is None:
@@ -256,7 +271,8 @@ class _Call:
         pending, self.pending = self.pending, None
         job = pending.job
         first, second = len(self.init), len(self.init) + len(self.inputs.stacked)
-        with self._around(job), self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
+        ambient = self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext()
+        with self._around(job), ambient, _closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
@@ -273,24 +289,55 @@ class _Pending:
         weakref.finalize(self, run.close)
 
 
+@contextmanager
+def _closed_if_it_fails(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        run.close()
+        raise
+
+
 class _Scan(torch.autograd.Function):
     """Joins a finished forward sweep to autograd's graph."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, results: Leaves, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, call: _Call, results: Leaves, outside: Leaves, *given: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given)  # so that autograd notices if one of them is modified meanwhile
+        ctx.save_for_backward(*given, *outside)  # so that autograd notices if one of them is modified meanwhile
         outputs = tuple(leaf.view_as(leaf) for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
-        _ = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[3:])
+        given = ctx.saved_tensors[: len(wants)]
         call: _Call = ctx.call
         count = len(call.init)
-        wants = list(ctx.needs_input_grad[2:])
-        gradients = call.reverse(list(bars[:count]), list(bars[count:]), wants)
-        return None, None, *(bar if wanted else None for bar, wanted in zip(gradients, wants, strict=True))
+        with torch.no_grad():
+            found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
+        gradients = [bar if wanted else None for bar, wanted in zip(found, wants, strict=True)]
+        if torch.is_grad_enabled():  # create_graph=True
+            there = [bar for bar in gradients if bar is not None]
+            once = iter(_OnceOnly.apply(there, *given, *[bar for bar in bars if bar is not None]) if there else ())
+            gradients = [None if bar is None else next(once) for bar in gradients]
+        return None, None, None, *gradients
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Lets gradients pass, and says so when they are to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Leaves, *sources: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
+        raise StateError(
+            "longtape.torch.scan has first derivatives only: what a backward pass with create_graph=True returns "
+            "cannot be differentiated through it again; use a plain loop over the steps for second derivatives"
+        )

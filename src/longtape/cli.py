@@ -1,0 +1,213 @@
+"""The command line: `longtape probe` and `longtape plan`.
+
+Thin: parses, calls `longtape.probe` and `longtape.foresee`, prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from math import inf
+from typing import Any
+
+from longtape.compose import describe
+from longtape.errors import LongtapeError, UsageError
+from longtape.foresee import Foresight, foresee, replay, time_against_memory
+from longtape.plan.costs import Costs, Problem
+from longtape.plan.simulate import Outcome
+from longtape.probe import Probe, probe
+from longtape.sizes import format_bytes, format_seconds, parse_bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, or 2 for what cannot be done as asked."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (LongtapeError, ImportError) as error:
+        print(f"longtape {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="longtape", description="Plan gradients through sequences longer than memory."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    asked = commands.add_parser("probe", help="measure how fast a directory stores and fetches")
+    asked.add_argument("directory")
+    asked.add_argument("--item", default="16MiB", help="size of the items to move (default: %(default)s)")
+    asked.add_argument("--json", action="store_true")
+    asked.set_defaults(run=_probe)
+    asked = commands.add_parser("plan", help="say what a run would take, before it is started")
+    asked.add_argument("--steps", default="unknown", help="number of steps, or 'unknown' (the default)")
+    asked.add_argument("--state", required=True, help="size of one state")
+    asked.add_argument("--residuals", help="size of one step's residuals, if the job can record them")
+    asked.add_argument("--forward", type=float, required=True, help="seconds of one step")
+    asked.add_argument("--reverse", type=float, help="seconds of one adjoint step without its taped re-run")
+    asked.add_argument("--tape", type=float, help="seconds of one step while it is taped (default: --forward)")
+    asked.add_argument("--memory", required=True, help="memory budget")
+    asked.add_argument("--disk", help="directory to spill to; it is probed")
+    asked.add_argument("--write-bandwidth", help="bytes a second, in place of --disk")
+    asked.add_argument("--read-bandwidth", help="bytes a second (default: --write-bandwidth)")
+    asked.add_argument("--latency", type=float, default=0.0, help="seconds a transfer takes however small")
+    asked.add_argument("--disk-limit", help="most bytes on disk")
+    asked.add_argument("--simulate", action="store_true", help="replay the plan in the event model")
+    asked.add_argument("--json", action="store_true")
+    asked.add_argument("--plot", metavar="FILE", help="draw time against memory")
+    asked.set_defaults(run=_plan)
+    return parser
+
+
+# probe ------------------------------------------------------------------------------------------
+
+
+def _probe(parsed: argparse.Namespace) -> None:
+    found = probe(parsed.directory, item=parsed.item)
+    print(json.dumps(asdict(found)) if parsed.json else _probe_table(found))
+
+
+def _probe_table(found: Probe) -> str:
+    path = "direct I/O" if found.direct_io else f"buffered I/O ({found.fallback_reason})"
+    lines = [f"{found.directory}: {path}, items of {format_bytes(found.item_nbytes)}, while a core computes", ""]
+    lines.append(f"{'':<8}{'bandwidth':>14}{'latency':>12}")
+    for name, speed, latency in (
+        ("write", found.write_bytes_per_second, found.write_latency),
+        ("read", found.read_bytes_per_second, found.read_latency),
+    ):
+        lines.append(f"{name:<8}{format_bytes(round(speed)) + '/s':>14}{format_seconds(latency):>12}")
+    lines += ["", f"{format_bytes(found.bytes_written)} written in {format_seconds(found.seconds)}; nothing is left"]
+    return "\n".join(lines)
+
+
+# plan -------------------------------------------------------------------------------------------
+
+
+def _plan(parsed: argparse.Namespace) -> None:
+    problem = _problem(parsed)
+    foresight = foresee(problem, _costs(parsed, problem))
+    outcome = replay(foresight) if parsed.simulate else None
+    if parsed.plot:
+        _plot(foresight, parsed.plot)
+    print(json.dumps(_figures(foresight, outcome)) if parsed.json else _table(foresight, outcome))
+
+
+def _problem(parsed: argparse.Namespace) -> Problem:
+    if parsed.disk and parsed.write_bandwidth:
+        raise UsageError("give --disk, which is probed, or --write-bandwidth, not both")
+    if parsed.read_bandwidth and not parsed.write_bandwidth:
+        raise UsageError("--read-bandwidth needs --write-bandwidth")
+    has_disk = bool(parsed.disk or parsed.write_bandwidth)
+    if parsed.disk_limit and not has_disk:
+        raise UsageError("--disk-limit needs --disk or --write-bandwidth")
+    return Problem(
+        steps=_steps(parsed.steps),
+        state_nbytes=_positive("--state", parse_bytes(parsed.state)),
+        memory_nbytes=parse_bytes(parsed.memory),
+        has_disk=has_disk,
+        disk_nbytes=None if parsed.disk_limit is None else parse_bytes(parsed.disk_limit),
+        residual_nbytes=None if parsed.residuals is None else _positive("--residuals", parse_bytes(parsed.residuals)),
+    )
+
+
+def _steps(text: str) -> int | None:
+    if text == "unknown":
+        return None
+    try:
+        return int(text.replace("_", ""))
+    except ValueError:
+        raise UsageError(f"--steps must be a whole number or 'unknown', not {text!r}") from None
+
+
+def _positive(name: str, nbytes: int) -> int:
+    if nbytes < 1:
+        raise UsageError(f"{name} must be at least one byte")
+    return nbytes
+
+
+def _costs(parsed: argparse.Namespace, problem: Problem) -> Costs:
+    tape = parsed.forward if parsed.tape is None else parsed.tape
+    reverse = 2.0 * parsed.forward if parsed.reverse is None else parsed.reverse
+    costs = Costs(parsed.forward, tape + reverse)
+    if problem.residual_nbytes is not None:
+        costs = Costs(parsed.forward, tape + reverse, record=tape, pull_back=reverse)
+    if not problem.has_disk:
+        return costs
+    write, read, write_latency, read_latency = _storage(parsed, problem)
+    return Costs(costs.forward, costs.reverse, costs.record, costs.pull_back, write, read, write_latency, read_latency)
+
+
+def _storage(parsed: argparse.Namespace, problem: Problem) -> tuple[float, float, float, float]:
+    if parsed.disk:
+        found = probe(parsed.disk, item=max(problem.state_nbytes, 4 << 20))
+        return found.write_bytes_per_second, found.read_bytes_per_second, found.write_latency, found.read_latency
+    write = float(parse_bytes(parsed.write_bandwidth)) or inf
+    read = float(parse_bytes(parsed.read_bandwidth)) if parsed.read_bandwidth else write
+    return write, read, parsed.latency, parsed.latency
+
+
+def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
+    choice, prediction = foresight.choice, foresight.choice.prediction
+    seconds = prediction.time_seconds if outcome is None else outcome.seconds
+    return {
+        "schedule": choice.schedule,
+        "window": choice.window,
+        "spacing": choice.spacing,
+        "slots": choice.slots,
+        "blocks": choice.blocks,
+        "record_fraction": choice.record_fraction,
+        "tail": choice.tail,
+        "time_seconds": seconds,
+        "ideal_seconds": prediction.ideal_seconds,
+        "overhead": seconds / prediction.ideal_seconds if prediction.ideal_seconds else 1.0,
+        "peak_memory_bytes": prediction.peak_memory_bytes,
+        "peak_disk_bytes": prediction.peak_disk_bytes,
+        "bytes_written": prediction.bytes_written,
+        "bytes_read": prediction.bytes_read,
+        "advances": prediction.advances if outcome is None else outcome.advances,
+        "writes": prediction.writes if outcome is None else outcome.writes,
+        "reads": prediction.reads if outcome is None else outcome.reads,
+        "stall_seconds": prediction.stall_seconds if outcome is None else outcome.stall_seconds,
+        "simulated": outcome is not None,
+        "alternatives": {name: other.time_seconds for name, other in choice.alternatives},
+        "improvements": [asdict(gain) for gain in foresight.improvements],
+    }
+
+
+def _table(foresight: Foresight, outcome: Outcome | None) -> str:
+    figures = _figures(foresight, outcome)
+    rows = [
+        ("plan", describe(foresight.choice)),
+        ("time", f"{format_seconds(figures['time_seconds'])}, {figures['overhead']:.2f} times the ideal"),
+        ("peak memory", format_bytes(figures["peak_memory_bytes"])),
+        ("peak disk", format_bytes(figures["peak_disk_bytes"])),
+        ("moved", f"{format_bytes(figures['bytes_written'])} written, {format_bytes(figures['bytes_read'])} read"),
+        ("steps run", f"{figures['advances']:,} plainly"),
+        ("waiting", format_seconds(figures["stall_seconds"])),
+    ]
+    rows += [("instead", f"{name}: {format_seconds(taken)}") for name, taken in figures["alternatives"].items()]
+    rows += [
+        ("better", f"{gain.what}: {format_seconds(gain.time_seconds)}, {format_seconds(gain.saved_seconds)} less")
+        for gain in foresight.improvements
+    ]
+    heading = "replayed in the event model" if outcome is not None else "predicted"
+    return "\n".join([heading, *(f"  {name:<13}{text}" for name, text in rows)])
+
+
+def _plot(foresight: Foresight, path: str) -> None:
+    from longtape.plots import Candidate
+    from longtape.plots import time_against_memory as draw
+
+    points = time_against_memory(foresight.problem, foresight.costs)
+    candidates = [Candidate(*point) for point in points]
+    prediction = foresight.choice.prediction
+    chosen = Candidate(foresight.choice.schedule, foresight.problem.memory_nbytes, prediction.time_seconds)
+    draw(candidates, chosen, path, ideal_seconds=prediction.ideal_seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

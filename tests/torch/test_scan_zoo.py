@@ -1,0 +1,55 @@
+"""Steps of many kinds: each scan gives the results and gradients of a plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scan_steps import ZOO, Case, assert_same, plain
+
+from longtape.torch import scan
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=ZOO, ids=lambda make: make.__name__)
+def case(request: pytest.FixtureRequest) -> Case:
+    torch.manual_seed(0)
+    make: Callable[[], Case] = request.param
+    return make()
+
+
+def least(case: Case) -> int:
+    """Bytes of one carry and, where they are kept, the state of the random numbers."""
+    return 8192
+
+
+@pytest.mark.parametrize("budget", ["least", "plenty"])
+def test_a_scan_in_memory_equals_the_plain_loop(case: Case, budget: str) -> None:
+    reports: list[Any] = []
+    memory = least(case) if budget == "least" else 1 << 24
+    got = case.outcome(scan, memory=memory, capture=False, on_report=lambda run: reports.append(run.report))
+    assert_same(got, case.outcome(plain))
+    assert reports[0].measured.peak_memory_bytes <= memory
+    assert not reports[0].notes
+
+
+def test_a_scan_with_disk_equals_the_plain_loop(case: Case, scratch: Path) -> None:
+    got = case.outcome(scan, memory=30_000, disk=scratch, capture=False)
+    assert_same(got, case.outcome(plain))
+
+
+def test_a_captured_scan_equals_the_plain_loop_or_says_why_it_is_not_captured(case: Case, scratch: Path) -> None:
+    reports: list[Any] = []
+    for memory, disk in ((1 << 24, None), (60_000, scratch)):
+        got = case.outcome(
+            scan, memory=memory, disk=disk, capture=True, on_report=lambda run: reports.append(run.report)
+        )
+        assert_same(got, case.outcome(plain))
+        report = reports.pop()
+        assert report.measured.peak_memory_bytes <= memory
+        assert report.steps_recorded if case.captures and disk is None else True
+        assert case.captures or "could not be captured" in report.notes[0]
