@@ -180,7 +180,9 @@ def hamiltonian() -> Case:
         q, p = slope.chunk(2, -1)
         return z + 0.1 * torch.cat([p, -q], -1), z.sum()
 
-    return Case(step, leaf(3, 4), None, 6, [p for p in net.parameters() if p.dim() > 1 or p.numel() > 1], captures=False)
+    return Case(
+        step, leaf(3, 4), None, 6, [p for p in net.parameters() if p.dim() > 1 or p.numel() > 1], captures=False
+    )
 
 
 class Twice(torch.autograd.Function):

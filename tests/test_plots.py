@@ -53,6 +53,7 @@ def report(trace: FakeTrace) -> Report:
         memory_budget_bytes=4 << 20,
         predicted=quantities,
         measured=quantities,
+        prepare_seconds=0.1,
         forward_seconds=float(trace.steps),
         reverse_seconds=3.0 * trace.steps,
         forward_stall_seconds=0.0,

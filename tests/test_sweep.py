@@ -52,6 +52,16 @@ def test_same_bits_when_states_are_large_enough_for_direct_io(tmp_path_factory, 
     assert model.result() == exact(steps, size)
 
 
+@pytest.mark.parametrize("slots", [3, 40, 500])
+def test_tiny_steps_are_reversed_in_windows(slots, monkeypatch):
+    monkeypatch.setattr("longtape.sweep.TINY_SECONDS", 1.0)
+    model = Chaotic()
+    sweep = run(model, 10_000, memory=slots * STATE)
+    assert model.result() == exact(10_000)
+    assert sweep.report.window > 1
+    assert sweep.report.measured.peak_memory_bytes <= slots * STATE
+
+
 @pytest.mark.parametrize(("steps", "slots"), [(1, 1), (2, 1), (10, 3), (100, 5), (500, 8)])
 def test_without_disk_it_costs_what_revolve_costs(steps, slots):
     model = Chaotic()

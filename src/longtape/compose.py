@@ -275,6 +275,8 @@ class Run:
         if self._traits.working_slots:
             self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
         self._budget = Budget(self.memory_nbytes)
+        if not choice.blocks:
+            self._budget.reserve((choice.window - 1) * self._traits.tape_nbytes)
         self._trace = Trace(self._clock(), self._held)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(

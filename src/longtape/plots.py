@@ -156,7 +156,7 @@ def time_against_memory(
     axes.annotate(
         note,
         (chosen.memory_nbytes, chosen.seconds),
-        xytext=(0, 14),
+        xytext=(0, -20),
         ha="center",
         textcoords="offset points",
         color=_INK,

@@ -27,6 +27,13 @@ from longtape.report import Report
 Array = npt.NDArray[Any]
 
 
+TINY_SECONDS = 20e-6
+"""A step shorter than this is worth less than deciding about it on its own."""
+
+MOST_ROWS = 64
+"""Steps of a window whose states are kept beside the slots, within the budget."""
+
+
 class Model(Protocol):
     """What `Sweep` asks of a model that updates its buffers in place.
 
@@ -83,6 +90,12 @@ class _InPlaceJob:
     def __init__(self, model: Any, fields: _Fields) -> None:
         self._model, self._fields = model, fields
         self._step = 0
+        self._rows: list[list[Array]] = []
+
+    def keep_rows(self, count: int) -> None:
+        """Reverse windows of up to `count` + 1 steps, one step at a time, keeping the states of a window here."""
+        arrays = self._model.state
+        self._rows = [[np.empty_like(array) for array in arrays] for _ in range(count)]
 
     def initial(self) -> list[Array]:
         """State 0, to go back to after steps were run only to time them."""
@@ -98,8 +111,23 @@ class _InPlaceJob:
         return stop
 
     def reverse(self, start: int, stop: int) -> None:
-        self._model.reverse(start, stop)
+        if self._rows and stop > start + 1:
+            self._reverse_by_rows(start, stop)
+        else:
+            self._model.reverse(start, stop)
         self._step = start
+
+    def _reverse_by_rows(self, start: int, stop: int) -> None:
+        model, rows = self._model, self._rows
+        for row, step in zip(rows, range(start, stop - 1), strict=False):
+            for kept, array in zip(row, model.state, strict=True):
+                np.copyto(kept, array)
+            model.advance(step, step + 1)
+        model.reverse(stop - 1, stop)
+        for step in range(stop - 2, start - 1, -1):
+            for array, kept in zip(model.state, rows[step - start], strict=True):
+                np.copyto(array, kept)
+            model.reverse(step, step + 1)
 
     def save(self, slot: Slot) -> Slot:
         arrays = self._model.state
@@ -238,17 +266,28 @@ class Sweep:
         out_of_place = hasattr(model, "advance_into") and hasattr(model, "reverse_from")
         self._job = _OutOfPlaceJob(model, fields) if out_of_place else _InPlaceJob(model, fields)
         self._steps, self._nbytes = steps, fields.nbytes
+        measured = None if costs is not None else self._measure()
+        span = 1 if out_of_place else int(getattr(model, "max_reverse", 1))
+        by_rows = not out_of_place and span == 1 and self._steps_are_tiny(measured)
         traits = Traits(
             title=type(model).__name__,
             steps=steps,
             state_nbytes=fields.nbytes,
             working_slots=2 if out_of_place else 0,
-            max_window=1 if out_of_place else int(getattr(model, "max_reverse", 1)),
+            max_window=MOST_ROWS if by_rows else span,
+            tape_nbytes=fields.nbytes if by_rows else 0,
+            notes=() if measured is None else ("predicted as if an adjoint step took twice a forward step",),
         )
         settings = Settings(
             memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs
         )
-        self._run = Run(self._job, traits, settings, measure=self._measure)
+        self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
+        if by_rows:
+            self._job.keep_rows(self._run.choice.window - 1)
+
+    def _steps_are_tiny(self, measured: JobCosts | None) -> bool:
+        """Whether deciding step by step would cost more than the steps: then whole windows are reversed at once."""
+        return measured is not None and self._steps >= 10_000 and measured.forward < TINY_SECONDS
 
     def _measure(self) -> JobCosts:
         """Time a few first steps, and put state 0 back."""

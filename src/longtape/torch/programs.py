@@ -30,13 +30,13 @@ _aten = torch.ops.aten
 Pattern = tuple[int, ...]
 """Per output: how many contributions its cotangent has; 0 where it is undefined."""
 
-
 _ZERO_FROM_ZERO = {
-    *operators(
-        "mul.Tensor mul.Scalar div.Scalar neg mm bmm mv dot cat stack clone sum.dim_IntList _to_copy triu tril"
+    operator
+    for _, operator in operators(
+        "mul.Tensor mul.Scalar div.Scalar neg mm bmm mv dot cat stack clone sum sum.dim_IntList _to_copy triu tril"
         " scatter_add _conj _unsafe_view constant_pad_nd flip roll"
-    ).values()
-} | {_aten.sum.default}
+    )
+}
 """Operators that, with `_backward` ones and views, are known to make zeros of zero cotangents.
 
 Any other, in a backward that a user wrote, might not be linear: it is given zeros.
