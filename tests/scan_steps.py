@@ -181,7 +181,7 @@ def hamiltonian() -> Case:
         return z + 0.1 * torch.cat([p, -q], -1), z.sum()
 
     return Case(
-        step, leaf(3, 4), None, 6, [p for p in net.parameters() if p.dim() > 1 or p.numel() > 1], captures=False
+        step, leaf(3, 4), None, 6, [p for p in net.parameters() if p.dim() > 1 or p.numel() > 1]
     )
 
 
@@ -216,7 +216,7 @@ def selected_weights() -> Case:
         h = torch.sin(h * experts[int(k) % 3])
         return (h, k + 1), h
 
-    return Case(step, (leaf(3), torch.tensor(0)), None, 7, experts, captures=False)
+    return Case(step, (leaf(3), torch.tensor(0)), None, 7, experts)
 
 
 def narrow_types() -> Case:

@@ -241,7 +241,11 @@ class Run:
         layout, staging = layout_of(self.choice, self._problem()), self._staging()
         if self.choice.schedule == "asynchronous" and staging is not None:
             layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
-        return replace(layout, staging=staging, initial_is_free=self._traits.initial_is_free)
+        free = self._traits.initial_is_free
+        # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
+        least = LEAST_TO_PIN if self.choice.record_fraction < 1.0 else 1
+        pinned = self.choice.uses_disk and self.choice.slots >= least and not free
+        return replace(layout, staging=staging, initial_is_free=free, pin_initial=pinned)
 
     def _staging(self) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""

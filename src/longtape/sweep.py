@@ -40,6 +40,9 @@ class Model(Protocol):
     A model may also have:
 
     * ``max_reverse`` (int): most steps one `reverse` call may take; 1 if absent;
+    * ``adjoint`` (sequence of arrays): what `reverse` updates, accumulated gradients
+      included.  It is checked to be arrays, and otherwise left alone: it is where a
+      half-finished reverse sweep would be made durable;
     * ``advance_into(step, source, target)`` and ``reverse_from(step, source)``: run one
       step from the arrays `source` into the arrays `target` of the same shapes, and take
       its adjoint from `source`, changing neither.  A model that has both is run from the
@@ -267,7 +270,9 @@ class Sweep:
         self._job = _OutOfPlaceJob(model, fields) if out_of_place else _InPlaceJob(model, fields)
         self._steps, self._nbytes = steps, fields.nbytes
         measured = None if costs is not None else self._measure()
-        span = 1 if out_of_place else int(getattr(model, "max_reverse", 1))
+        span = 1 if out_of_place else getattr(model, "max_reverse", 1)
+        if not isinstance(span, int) or span < 1:
+            raise UsageError(f"model.max_reverse must be an integer of at least 1, not {span!r}")
         by_rows = not out_of_place and span == 1 and self._steps_are_tiny(measured)
         traits = Traits(
             title=type(model).__name__,
@@ -338,10 +343,17 @@ def _checked_fields(model: Any) -> _Fields:
     arrays = getattr(model, "state", None)
     if not isinstance(arrays, (list, tuple)) or not arrays:
         raise UsageError("model.state must be a non-empty list of NumPy arrays: the buffers its steps update")
+    _check_arrays("state", arrays)
+    adjoint = getattr(model, "adjoint", ())
+    _check_arrays("adjoint", [adjoint] if isinstance(adjoint, np.ndarray) else adjoint)
+    return _Fields(arrays)
+
+
+def _check_arrays(name: str, arrays: Sequence[Any]) -> None:
     for index, array in enumerate(arrays):
         if not isinstance(array, np.ndarray) or array.dtype.hasobject:
-            raise UsageError(f"model.state[{index}] must be a NumPy array of plain numbers, not {type(array).__name__}")
-    return _Fields(arrays)
+            kind = type(array).__name__
+            raise UsageError(f"model.{name}[{index}] must be a NumPy array of plain numbers, not {kind}")
 
 
 def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int) -> JobCosts:

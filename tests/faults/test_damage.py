@@ -13,7 +13,7 @@ from longtape.errors import StorageError
 from longtape.testing.tiers import DamagingTier
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.memory import MemoryTier
-from tests.faults.sweeps import run
+from tests.faults.sweeps import nbytes, run, storing_costs
 
 
 class DamagedDisk(DiskTier):
@@ -88,8 +88,8 @@ def test_with_less_memory_a_lost_initial_state_is_said(tmp_path, slots):
     try:
         run(tier=tier, slots=slots)
     except StorageError as error:
-        assert "state 0" in str(error)  # noqa: PT017
-        assert "three states" in str(error)  # noqa: PT017
+        assert "state 0" in str(error)
+        assert "three states" in str(error)
         assert 0 in [key.step for key in tier.reads]
     else:
         assert 0 not in [key.step for key in tier.damaged]
@@ -111,11 +111,8 @@ def test_a_read_that_fails_once_costs_nothing(tmp_path):
 
 def test_the_warning_is_given_once(tmp_path):
     tier = DamagedDisk(tmp_path, lambda index, key: True, "flip")
+    sweep = longtape.Sweep(Chaotic(2000), 300, memory=4 * nbytes(), tier=tier, costs=storing_costs())
+    sweep.forward()
     with pytest.warns(RuntimeWarning, match="damaged block") as told:
-        model = Chaotic(2000)
-        from tests.faults.sweeps import nbytes, storing_costs
-
-        sweep = longtape.Sweep(model, 300, memory=4 * nbytes(), tier=tier, costs=storing_costs())
-        sweep.forward()
         sweep.reverse()
     assert len(told) == 1

@@ -599,6 +599,33 @@ def test_backward_that_is_not_linear_is_given_zeros():
     agree(Loop(step, torch.randn(4), list(torch.randn(3, 4)), ys=False), exact=False)
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_gradient_taken_inside_the_step(through):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def step(z, x):
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(net(z).sum(), z, create_graph=through)
+        q, p = slope.chunk(2, -1)
+        return z + 0.1 * torch.cat([p, -q], -1) * x, z.sum()
+
+    xs = list(torch.randn(STEPS, 1, dtype=torch.float64))
+    closed = [net[0].weight, net[0].bias, net[2].weight] if through else []
+    agree(Loop(step, torch.randn(3, 4, dtype=torch.float64), xs, closed=closed), exact=False, tolerance=1e-12)
+
+
+def test_backward_called_inside_the_step_is_refused():
+    weight = torch.randn(4, requires_grad=True)
+
+    def step(h, x):
+        (h * weight).sum().backward()
+        return h * weight.grad, None
+
+    with pytest.raises(CaptureFailed):
+        Loop(step, torch.randn(4), [torch.zeros(1)] * 3).by_tape()
+    assert weight.grad is None
+
+
 def test_hooks_on_intermediate_gradients():
     def step(h, x):
         z = h * x

@@ -41,6 +41,8 @@ _SETTINGS = {
     "assume_static_by_default": True,
     "capture_scalar_outputs": False,
     "capture_dynamic_output_shape_ops": False,
+    # A force that is the gradient of an energy is part of the step.
+    "trace_autograd_ops": True,
     # What would differ from the step as it is must fail, and not be approximated.
     "suppress_errors": False,
     "side_effect_replay_policy": "error",

@@ -166,8 +166,7 @@ class EagerStep:
         self._gradients, self._owned = {}, set()
 
     def try_step(self, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
-        """Results of step 0, and the cotangents of carry and x for cotangents of one."""
-        self.advance(0, carry, x)
+        """Results of step 0, run before, and the cotangents of carry and x for cotangents of one."""
         self.begin_reverse(self.closed_over())
         _, tape = self.tape(0, carry, x)
         ones = ones_like(tape.carry_out + tape.y_out)
@@ -195,9 +194,9 @@ class EagerStep:
                 made = stack.enter_context(Created()).made
             if self._stand_ins:
                 stack.enter_context(_StandIns(self._stand_ins))
+            newest = torch.zeros((), requires_grad=True).clone().grad_fn
             # A leaf that requires a gradient must not be written to; a copy of it may.
             given = [leaf.clone() for leaf in carry_in] if self._mutates_carry else carry_in
-            newest = torch.zeros((), requires_grad=True).clone().grad_fn
             carry_out, y_out = self._call(index, given, x_in)
             self._check_graph(index, newest, carry_in + x_in, carry_out + y_out, made)
         return [leaf.detach() for leaf in carry_out], Tape(index, carry_in, x_in, carry_out, y_out)

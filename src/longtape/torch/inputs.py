@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class Inputs:
     def leaves(self, step: int) -> Leaves:
         """The tensors of one step, which must not be modified."""
         raise NotImplementedError
+
+    def check_repeatable(self) -> None:
+        """Raise if the inputs of a step are others when they are read again."""
 
 
 class NoInputs(Inputs):
@@ -73,6 +77,14 @@ class LazyInputs(Inputs):
             )
         return tensors
 
+    def check_repeatable(self) -> None:
+        for first, again in zip(self.leaves(0), self.leaves(0), strict=True):
+            if first.shape != again.shape or not ((first == again) | (first != first)).all():
+                raise UsageError(
+                    "xs[0] has other values when it is read again, so the adjoint would be taken of other steps than "
+                    "those that were run; draw random inputs before the scan, or from a seed that is made of the index"
+                )
+
 
 def _as_tensor(leaf: Any, step: int) -> torch.Tensor:
     try:
@@ -90,13 +102,20 @@ def as_inputs(xs: Any, length: int | None) -> tuple[Inputs, int]:
     inputs = _understand(xs)
     if inputs.length is None and length is None:
         raise UsageError("give xs, or length= when xs is None or empty")
-    if length is not None and (isinstance(length, bool) or not isinstance(length, int)):
-        raise UsageError(f"length must be an integer, not {length!r}")
+    if length is not None:
+        length = _as_integer(length)
     if inputs.length is not None and length is not None and inputs.length != length:
         raise UsageError(f"length={length}, but xs has {inputs.length} steps")
     steps = inputs.length if inputs.length is not None else length
     assert steps is not None
     return inputs, steps
+
+
+def _as_integer(length: Any) -> int:
+    try:
+        return operator.index(length)
+    except TypeError:
+        raise UsageError(f"length must be an integer, not {length!r}") from None
 
 
 def _understand(xs: Any) -> Inputs:

@@ -101,6 +101,7 @@ class ScanJob:
         self.randomness = randomness
         self.carry: Leaves = []
         self._reached = 0
+        self._turned = False
         self._carry_bar: list[Cotangent] = []
         self._numbers: dict[int, tuple[int, ...]] = {}
         """For each recorded window, the graph each of its steps took; equal tuples are one object."""
@@ -184,14 +185,15 @@ class ScanJob:
             self._reached = index + 1
 
     def _check_randomness(self) -> None:
-        if not self._keeps_random and self.randomness.note():
+        # Between the sweeps the caller may draw as well; and what the forward sweep did not draw, the other does not.
+        if not self._keeps_random and not self._turned and self.randomness.note():
             raise RandomnessAppeared
 
     def adopt(self, slots: list[Slot]) -> None:
         raise NotImplementedError
 
     def turn(self) -> None:
-        pass
+        self._turned = True
 
     def begin_reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, closed: Leaves, wants_x: list[bool]) -> None:
         """Set the cotangents of the final carry and of the stacked outputs."""
@@ -389,6 +391,9 @@ def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 def _first_step(job: ScanJob) -> dict[tuple[str, int], torch.Tensor | None]:
     """Results of step 0, its cotangents for cotangents of one, and the gradients of closed-over tensors."""
     job.load_initial()
+    if isinstance(job.stepper, EagerStep):
+        job.stepper.advance(0, job.carry, job.inputs.leaves(0))  # which finds what it closes over
+        job.load_initial()
     carry, y, carry_bar, x_bar = job.stepper.try_step(job.carry, job.inputs.leaves(0))
     job.load_initial()
     parts: dict[str, Sequence[torch.Tensor | None]] = {"a leaf of the carry": carry, "a leaf of y": y}

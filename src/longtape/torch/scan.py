@@ -139,11 +139,13 @@ class _Call:
             job = self._new_job()
             if self._finds_none(job):
                 return self._results(job, job.carry, job.outputs.leaves or [])
+        self.inputs.check_repeatable()
         self.pending = self._forward()
         job = self.pending.job
         self.closed = job.stepper.closed_over()
         given = [*self.init, *self.inputs.stacked, *self.closed]
         results = [*job.carry, *(job.outputs.leaves or [])]
+        job.outputs.leaves = None  # they are the caller's, to keep or to drop
         outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
@@ -308,7 +310,7 @@ class _Scan(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*given, *outside)  # so that autograd notices if one of them is modified meanwhile
-        outputs = tuple(leaf.view_as(leaf) for leaf in results)
+        outputs = tuple(leaf.detach() for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs
 

@@ -1,0 +1,71 @@
+"""Writes the measured figures into README.md, from the JSON under ``benchmarks/results``.
+
+``python -m benchmarks.figures``; what stands between ``<!-- figures:NAME -->`` and
+``<!-- /figures -->`` is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from benchmarks import common
+
+README = common.RESULTS.parent.parent / "README.md"
+
+
+def load(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((common.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return document
+
+
+def ratios(name: str, heading: str) -> list[str]:
+    """A table of time over ideal, memory and disk, a row a case."""
+    lines = [f"| {heading} | time / ideal | lowest–highest | memory | disk |", "|---|---|---|---|---|"]
+    for case, found in load(name)["results"].items():
+        spread = found["ratios_to_ideal"]
+        memory = found.get("peak_memory_bytes")
+        held = f"{memory / 2**20:,.0f} MiB" if memory is not None else f"{found['rss_growth_bytes'] / 2**20:,.0f} MiB*"
+        disk = f"{found['peak_disk_bytes'] / 2**30:,.1f} GiB" if found.get("peak_disk_bytes") else "–"
+        ratio = f"{found['ratio_to_ideal']:.2f}"
+        lines.append(f"| {case} | {ratio} | {min(spread):.2f}–{max(spread):.2f} | {held} | {disk} |")
+    return lines
+
+
+def measured() -> str:
+    """The section, in Markdown."""
+    machine = load("overhead_lstm")["machine"]
+    executor = load("overhead_executor")["results"]
+    planning = load("overhead_planning")["results"]
+    lines = [
+        f"On a virtual machine with {machine['cores']} cores ({machine['cpu']}), one compute thread, runs taken in turn, "
+        "medians. *Ideal* is the same steps forward and backward with nothing stored and nothing run again. Storage "
+        "and memory are counted; the figures with a star are growth of the resident size instead.",
+        "",
+        *ratios("overhead_lstm", "LSTM, 256 units, batch 64, memory for 64 states"),
+        "",
+        *ratios("overhead_stencil", "256³ stencil, states of 64 MiB, memory for 16"),
+        "",
+        "The executor's own cost on a 1 KiB state and a million steps: "
+        + ", ".join(f"{found['microseconds_per_step']:.2f} µs a step with {case}" for case, found in executor.items())
+        + ". Choosing a plan: "
+        + ", ".join(f"{found['choose_seconds'] * 1e3:.0f} ms for {case}" for case, found in planning.items())
+        + ".",
+    ]
+    return "\n".join(lines)
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """Replace one spot."""
+    pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+
+
+def main() -> None:
+    text = fill(README.read_text(encoding="utf-8"), "measured", measured())
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
