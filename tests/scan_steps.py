@@ -180,9 +180,7 @@ def hamiltonian() -> Case:
         q, p = slope.chunk(2, -1)
         return z + 0.1 * torch.cat([p, -q], -1), z.sum()
 
-    return Case(
-        step, leaf(3, 4), None, 6, [p for p in net.parameters() if p.dim() > 1 or p.numel() > 1]
-    )
+    return Case(step, leaf(3, 4), None, 6, [p for p in net.parameters() if p.dim() > 1 or p.numel() > 1])
 
 
 class Twice(torch.autograd.Function):

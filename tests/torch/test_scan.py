@@ -430,6 +430,50 @@ def test_state_kept_outside_the_carry_is_refused() -> None:
         scan(Stateful(), leaf(1, 2), leaf(4, 1, 2), **SMALL)
 
 
+def test_what_a_step_keeps_of_its_parameters_is_refused() -> None:
+    weight, kept = leaf(2, 2), {}
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        if "product" not in kept:  # made without gradients in the forward sweep: the weight's would be lost
+            kept["product"] = weight @ weight
+        return torch.tanh(h @ kept["product"] + x), None
+
+    with pytest.raises(StepError, match="compute it before the scan"):
+        scan(step, leaf(2), leaf(4, 2), **SMALL)
+    check(Case(step, leaf(2), leaf(4, 2), None, []))  # it is a tensor from outside by now
+
+
+def test_a_table_that_a_step_makes_once_may_be_kept() -> None:
+    kept: dict[str, Tensor] = {}
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        table = kept.setdefault("table", torch.arange(2, dtype=F64))
+        return torch.tanh(h * table + x), None
+
+    check(Case(step, leaf(2), leaf(4, 2)))
+
+
+def test_steps_that_use_transforms_of_torch_func() -> None:
+    layer = nn.Linear(3, 3).double()
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        slope = torch.func.grad(lambda part: torch.tanh(layer(part)).sum())(h)
+        return h - 0.1 * slope + x, h
+
+    check(Case(step, leaf(3), leaf(5, 3), None, [layer.weight]), memory=9000)
+
+
+def test_sparse_gradients() -> None:
+    table = nn.Embedding(5, 3, sparse=True).double()
+    init, xs = leaf(2, 3), torch.randint(0, 5, (6, 2))
+
+    def run(using: Any, **options: Any) -> list[Tensor | None]:
+        carry, _ = using(lambda h, x: (torch.tanh(h + table(x)), None), init, xs, **options)
+        return [bar.to_dense() for bar in torch.autograd.grad(carry.sum(), [init, table.weight])]
+
+    assert_same(run(scan, **SMALL), run(plain))
+
+
 def test_a_generator_of_its_own_is_refused() -> None:
     own = torch.Generator().manual_seed(1)
     with pytest.raises(StepError, match="default generator"):
@@ -448,6 +492,26 @@ def test_changing_what_a_scan_needs_before_backward_is_an_error(which: str, capt
         carry.sum().backward()
     del carry
     gc.collect()
+
+
+def test_changing_a_constant_between_two_backward_passes_is_an_error() -> None:
+    constant, init = torch.ones(2, dtype=F64), leaf(2)
+    carry, _ = scan(lambda h, _: (torch.sin(h + constant), None), init, length=5, **SMALL)
+    carry.sum().backward(retain_graph=True)
+    constant.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        carry.sum().backward()
+
+
+def test_random_numbers_drawn_between_the_sweeps_change_nothing() -> None:
+    case = lstm()
+    carry, ys = scan(case.step, case.init, case.xs, **SMALL)
+    torch.rand(3)
+    before = torch.get_rng_state()
+    ours = torch.autograd.grad(loss_of(carry, ys), case.wanted())
+    assert torch.equal(torch.get_rng_state(), before)
+    theirs = torch.autograd.grad(loss_of(plain(case.step, case.init, case.xs)), case.wanted())
+    assert_same(list(ours), list(theirs))
 
 
 def test_the_results_may_be_changed_in_place() -> None:
@@ -555,6 +619,16 @@ def test_what_a_step_raises_comes_through(error: BaseException, again: bool, cap
     if isinstance(error, Exception):
         assert "longtape: in step 4 of the scan" in error.__notes__
         assert any("reverse sweep" in note for note in error.__notes__) is again
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_what_the_first_step_raises_comes_through(capture: bool) -> None:
+    def step(h: Tensor, _: None) -> Any:
+        raise LookupError("mine")
+
+    with pytest.raises(LookupError, match="mine") as caught:
+        scan(step, leaf(2), length=3, memory=1000, capture=capture)
+    assert "longtape: in step 0 of the scan" in caught.value.__notes__
 
 
 def test_a_graph_that_is_dropped_lets_go_of_threads_and_files(scratch: Path) -> None:

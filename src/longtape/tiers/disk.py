@@ -23,7 +23,7 @@ from longtape.tiers import block, linux
 from longtape.tiers.behind import DropBehind
 from longtape.tiers.extents import Extents
 from longtape.tiers.ledger import Entry, Ledger
-from longtape.tiers.scratch import open_scratch
+from longtape.tiers.scratch import Scratch, open_scratch
 from longtape.tiers.whole import WholeFile
 
 LEAST_GROWTH_NBYTES = 64 << 20
@@ -65,6 +65,13 @@ class DiskTier:
             raise UsageError(f"limit={limit} is negative; give the most bytes the scratch file may take")
         self.limit = limit
         scratch = self._scratch = open_scratch(directory, direct=direct)
+        try:
+            self._set_up(scratch)
+        except BaseException:  # an interrupt, or no memory: nobody else knows the file
+            os.close(scratch.fd)
+            raise
+
+    def _set_up(self, scratch: Scratch) -> None:
         self._file = WholeFile(
             scratch.fd, block=scratch.block, memory_alignment=scratch.memory_alignment, direct=scratch.direct
         )

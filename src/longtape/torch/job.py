@@ -26,6 +26,9 @@ from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
 
+UNKNOWN_NBYTES = 1 << 60
+"""Of a taped step that cannot be examined: so many that no two steps are taped together."""
+
 
 class Randomness:
     """The state of PyTorch's default generators, kept as one more leaf of a snapshot when steps draw from them.
@@ -278,7 +281,11 @@ class ScanJob:
     def measure(self) -> JobCosts:
         """Time step 0 forward and through its adjoint; nothing is kept of it."""
         if self._measured is None:
-            self._measured = self._time()
+            try:
+                self._measured = self._time()
+            except Exception as error:
+                _name_step(error, 0)
+                raise
         return self._measured
 
     def _time(self) -> JobCosts:
@@ -348,8 +355,15 @@ class ScanJob:
             saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _, tape = step.tape(0, self.carry, x)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                _, tape = step.tape(0, self.carry, x)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # torch.func refuses them
+                raise
+            self.tape_nbytes = UNKNOWN_NBYTES
+            self.load_initial()
+            return step.tape(0, self.carry, x)[1]
         for tensor in [*step.closed_over(), *self.inputs.stacked]:
             saved.pop(tensor.untyped_storage().data_ptr(), None)
         self.tape_nbytes = sum(saved.values())

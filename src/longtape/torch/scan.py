@@ -64,15 +64,18 @@ def scan(
 
     The contract is that of ``jax.lax.scan``.  Gradients reach `init`, stacked `xs` and every
     tensor the step closes over, which are found without being listed.  Where no gradient
-    is wanted nothing is stored.
+    is wanted this is a plain loop, and nothing is stored.  First derivatives only.
 
     Args:
         step: Takes and returns pytrees of tensors.  It may be run more than once on the
             same arguments, so it must depend on nothing else that changes; random numbers
-            and autocast are replayed.
+            of PyTorch's default generators and autocast are replayed.  It may update its
+            carry in place, but neither its x nor what it closes over (such as running
+            statistics), and must keep nothing that it computes but in the carry.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
-            and indexing that returns the x of one step, read as needed and never held whole;
+            and indexing that returns the x of one step, the same whenever it is asked, read
+            as needed and never held whole;
             or None, with `length`.
         length: The number of steps, where `xs` does not tell it.
         memory: Most bytes held for snapshots, residuals and staging together, such as
@@ -95,6 +98,9 @@ def scan(
     Raises:
         UsageError: An argument that cannot be honoured, or a step that breaks the contract.
         BudgetError: `memory` is less than one carry.
+        StepError: The step changes or keeps what it must not, or returns something else than
+            before.
+        StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
     inputs, steps = as_inputs(xs, length)
