@@ -18,7 +18,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable '.[torch,jax,cli,dev]'
+	    --constraint constraints.txt --editable '.[torch,cli,dev]'
 	touch $@
 
 demo: venv
@@ -49,8 +49,11 @@ $(BENCH_STAMP): $(STAMP)
 	touch $@
 
 bench: $(BENCH_STAMP)
+	for what in lstm stencil executor planning; do $(BIN)/python -m benchmarks.overhead $$what || exit; done
 	$(BIN)/python -m benchmarks.stencil
 	$(BIN)/python -m benchmarks.baselines
+	$(BIN)/python -m benchmarks.timeline
+	$(BIN)/python -m benchmarks.figures
 
 clean:
 	rm -rf .venv build src/longtape.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

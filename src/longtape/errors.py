@@ -12,6 +12,9 @@
     ├── StateError (RuntimeError)      a call out of order, such as reverse() before forward()
     └── PlanError (AssertionError)     a plan broke its own rules: a defect in Longtape
 
+`longtape.torch` adds two for its own use, `CaptureFailed` and `RoomExceeded`, which lead to
+a step being run as it is and do not reach the user.
+
 A message has four parts: what was asked, which limit it met, at which step, tier
 or path, and what to do about it.  An exception raised by the user's own step
 keeps its type and gains a note that says where in the sweep it happened.
