@@ -40,8 +40,8 @@ def measured() -> str:
     planning = load("overhead_planning")["results"]
     lines = [
         f"On a virtual machine with {machine['cores']} cores ({machine['cpu']}), one compute thread, runs taken in "
-        "turn, medians. *Ideal* is the same steps forward and backward with nothing stored and nothing run again. Storage "
-        "and memory are counted; the figures with a star are growth of the resident size instead.",
+        "turn, medians. *Ideal* is the same steps forward and backward with nothing stored and nothing run again. "
+        "Storage and memory are counted; the figures with a star are growth of the resident size instead.",
         "",
         *ratios("overhead_lstm", "LSTM, 256 units, batch 64, memory for 64 states"),
         "",
