@@ -134,7 +134,7 @@ class Run:
             self._tier = self._open_tier()
             self._workers = None if self._tier is None else Workers(self._tier, self._clock)
             costs = settings.costs or self._measure(measure)
-            self.choice = self._fitted(choose(self._problem(), costs))
+            self.choice = self._expected(self._fitted(choose(self._problem(), costs)))
             self.costs = costs
             self._assemble()
         except BaseException:
@@ -236,6 +236,15 @@ class Run:
                 f"{format_bytes(state + block)} together; give at least that, or use capture=False"
             )
         return replace(choice, slots=slots, blocks=1, window=window)
+
+    def _expected(self, choice: Choice) -> Choice:
+        """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
+        if choice.schedule != "residuals" or choice.record_fraction < 1.0:
+            return choice
+        held = min(choice.blocks, 2 * STAGED) * self._block_nbytes(choice)
+        held += choice.slots * self._item_nbytes(self._traits.state_nbytes)
+        expected = min(choice.prediction.peak_memory_bytes, held)
+        return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
 
     def _layout(self) -> Layout:
         layout, staging = layout_of(self.choice, self._problem()), self._staging()
