@@ -323,3 +323,11 @@ def test_quick(steps, seconds, case):
         assert isinstance(choose(problem, costs), Choice)
         times.append(perf_counter() - began)
     assert min(times) < seconds
+
+
+def test_a_disk_limit_holds_to_the_last_item():
+    """Whole snapshots may take a little more than the balance of fractions says; the limit holds all the same."""
+    problem = Problem(10**6, 1000, 16_000, has_disk=True, disk_nbytes=10**6, residual_nbytes=1)
+    choice = choose(problem, Costs(1e-6, 1e-6, 1.2e-6, 5e-7, 1e8, 1e8))
+    assert choice.schedule == "residuals"
+    assert choice.prediction.peak_disk_bytes <= problem.disk_nbytes

@@ -382,14 +382,28 @@ def _recorded_choices(recording: Recording) -> Iterator[Choice]:
     for fraction in sorted({most, min(most, recording.reverse().largest_fraction())}):
         fits = forward.spare(fraction) >= -_ROUNDING_SECONDS and disk.spare(fraction) >= -1.0
         enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
-        if fits and enough and fraction >= 1.0 / (run + 1):
-            yield _choice(
-                "residuals",
-                footprint,
-                predict_residuals(recording, fraction),
-                spacing=float(run * footprint.window),
-                fraction=fraction,
-            )
+        if fits and enough:
+            choice = _within_disk(recording, fraction)
+            if choice is not None and choice.record_fraction >= 1.0 / (run + 1):
+                yield choice
+
+
+def _within_disk(recording: Recording, fraction: float) -> Choice | None:
+    """The fraction as a choice, made smaller where whole items take more storage than the balance says."""
+    problem, footprint = recording.problem, recording.footprint
+    for _ in range(4):
+        prediction = predict_residuals(recording, fraction)
+        choice = _choice(
+            "residuals",
+            footprint,
+            prediction,
+            spacing=float(recording.run * footprint.window),
+            fraction=fraction,
+        )
+        if _fits_disk(problem, choice):
+            return choice
+        fraction *= (problem.disk_nbytes or 0) / prediction.peak_disk_bytes
+    return None
 
 
 def _choice(
