@@ -32,6 +32,12 @@ class Kind(Enum):
     RESIDUALS = "residuals"
     """What the adjoint of a window of steps needs (the tape of the window)."""
 
+    RESTART = "restart"
+    """A snapshot that a resumable run keeps beside those of its plan; no action names it."""
+
+    PARTS = "parts"
+    """Anything else that a resumable run keeps, such as its adjoint; `Key.step` is a number only."""
+
     # Members are singletons: the identity hash (in C) keeps look-ups by `Key` cheap.
     __hash__ = object.__hash__
 

@@ -16,11 +16,12 @@ from math import ceil, inf
 from typing import Any
 
 from longtape.actions import Kind
+from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
-from longtape.errors import BudgetError, StateError, StorageError, UsageError
+from longtape.errors import BudgetError, ResumeError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
 from longtape.measure import JobCosts, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
@@ -84,6 +85,8 @@ class Settings:
     """Times to plan with; measured on the job when None."""
     stuck_seconds: float = 30.0
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
+    resumable: Resumable | None = None
+    """Make the run durable, and go on with one that was stopped; its files take the place of `disk`."""
 
 
 class Run:
@@ -119,6 +122,7 @@ class Run:
         self._touch = inf
         self._process = os.getpid()
         self._early_faults: tuple[str, ...] = ()
+        self._keeper: Keeper | None = None
         self._tier: Tier | None = None
         self._workers: Workers | None = None
         memory = parse_bytes(settings.memory)
@@ -131,14 +135,23 @@ class Run:
             )
         self.memory_nbytes = memory
         try:
+            self._keeper = self._open_keeper()
             self._tier = self._open_tier()
             self._workers = None if self._tier is None else Workers(self._tier, self._clock)
-            costs = settings.costs or self._measure(measure)
-            self.choice = self._expected(self._fitted(choose(self._problem(), costs)))
-            self.costs = costs
+            begun = self._begun()
+            if begun is None:
+                costs = settings.costs or self._measure(measure)
+                self.choice = self._expected(self._fitted(choose(self._problem(), costs)))
+                self.costs = costs
+                if self._keeper is not None:
+                    self._keeper.chosen(self.choice, costs, title=traits.title, steps=traits.steps or 0)
+            else:
+                self.choice, self.costs = begun
             self._assemble()
         except BaseException:
             self._release_storage(self._settings.stuck_seconds)
+            if self._keeper is not None:
+                self._keeper.close()
             raise
         self.prepare_seconds = self._clock() - began
 
@@ -146,6 +159,8 @@ class Run:
 
     def _open_tier(self) -> Tier | None:
         settings = self._settings
+        if self._keeper is not None:
+            return self._keeper.tier
         if settings.tier is not None:
             return settings.tier
         if settings.disk is None:
@@ -157,9 +172,37 @@ class Run:
             self._go_without_storage(error)
             return None
 
+    def _open_keeper(self) -> Keeper | None:
+        settings = self._settings
+        if settings.resumable is None:
+            return None
+        if self._traits.steps is None:
+            raise UsageError("a run of unknown length cannot be resumed; give the number of steps, or leave out resume")
+        limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
+        return Keeper(settings.resumable, limit=limit, stuck_seconds=settings.stuck_seconds)
+
+    def _begun(self) -> tuple[Choice, Costs] | None:
+        """The plan of the run that is gone on with; None for one that begins."""
+        begin = None if self._keeper is None else self._keeper.begin
+        if begin is None:
+            return None
+        choice = begin.choice
+        needed = choice.slots * self._item_nbytes(self._traits.state_nbytes) + self._spared()
+        needed += choice.blocks * self._block_nbytes(choice)
+        if needed > self.memory_nbytes:
+            raise ResumeError(
+                f"the run that is to be resumed was planned with {format_bytes(needed)} of memory, and now has "
+                f"{format_bytes(self.memory_nbytes)}; give as much as before, or begin it anew"
+            )
+        return choice, begin.costs
+
+    def _spared(self) -> int:
+        """Bytes of the budget for the copy of a state that is being made durable."""
+        return 0 if self._settings.resumable is None else self._item_nbytes(self._traits.state_nbytes)
+
     def _go_without_storage(self, error: OSError) -> None:
         """Storage failed before the run began: recompute within memory instead, and say so."""
-        if self._traits.steps is None:
+        if self._traits.steps is None or self._keeper is not None:
             raise error
         self._release_storage(_PATIENCE_SECONDS)
         self._tier = self._workers = None
@@ -179,7 +222,7 @@ class Run:
         return Problem(
             steps=traits.steps,
             state_nbytes=self._item_nbytes(traits.state_nbytes),
-            memory_nbytes=self.memory_nbytes,
+            memory_nbytes=self.memory_nbytes - self._spared(),
             has_disk=self._tier is not None,
             disk_nbytes=None if limit is None else parse_bytes(limit),
             residual_nbytes=traits.residual_nbytes,
@@ -222,11 +265,11 @@ class Run:
     def _fitted(self, choice: Choice) -> Choice:
         """The choice with as many slots, or else blocks, less as the heads of the blocks take."""
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        over = choice.slots * state + choice.blocks * block - self.memory_nbytes
+        over = choice.slots * state + choice.blocks * block - (self.memory_nbytes - self._spared())
         if over <= 0 or not choice.blocks:
             return choice
         slots = max(1, choice.slots - -(-over // state))
-        room = self.memory_nbytes - slots * state
+        room = self.memory_nbytes - self._spared() - slots * state
         if room >= block:
             return replace(choice, slots=slots, blocks=min(choice.blocks, room // block))
         window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
@@ -281,7 +324,9 @@ class Run:
             stock.block_read.add(costs.read_seconds(block))
         self._stock = stock
         self._pools = {
-            Kind.SNAPSHOT: SlotPool(choice.slots + self._traits.working_slots, state, alignment=alignment),
+            Kind.SNAPSHOT: SlotPool(
+                choice.slots + self._traits.working_slots + (self._keeper is not None), state, alignment=alignment
+            ),
             Kind.RESIDUALS: SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT),
         }
         self._touch_slots()
@@ -303,8 +348,27 @@ class Run:
             observers=observers,
             on_fault=self._warn_once,
         )
-        plan = AsynchronousPlan(stock, self._layout())
-        self._executor = Executor(iter(plan), self._job, self._mover, clock=self._clock, observers=observers)
+        layout = self._layout()
+        job = self._job if self._keeper is None else self._attached(self._keeper, layout)
+        self._executor = Executor(
+            iter(AsynchronousPlan(stock, layout)), job, self._mover, clock=self._clock, observers=observers
+        )
+
+    def _attached(self, keeper: Keeper, layout: Layout) -> Job:
+        self._budget.reserve(self._spared())
+        job = keeper.attach(
+            self._job,
+            self._stock,
+            self._pools[Kind.SNAPSHOT].take(),
+            window=layout.window,
+            keeps_all=not layout.stores,
+            steps=self._traits.steps or 0,
+        )
+        self._mover.stored_nbytes = sum(
+            len(self._stock.shelf(kind).stored) * self._mover.nbytes[kind] for kind in (Kind.SNAPSHOT, Kind.RESIDUALS)
+        )
+        self._trace.begin_at(self._stock.reached or 0)
+        return job
 
     def _touch_slots(self) -> None:
         """Have the system provide the memory the sweeps will use, now rather than between two steps."""
@@ -342,12 +406,16 @@ class Run:
     def reverse(self) -> None:
         """Run the reverse sweep and release everything."""
         self._enter("turned", "reverse() runs once, after forward()")
+        if self._keeper is not None:
+            self._keeper.begin_reverse()
         began = self._clock()
         self._trace.skip(began - self._turned_at)
         self._execute(until_turn=False)
         self.reverse_seconds = self._clock() - began
         self._state = "reversed"
         self._release()
+        if self._keeper is not None:
+            self._keeper.finish()
 
     def _enter(self, state: str, otherwise: str) -> None:
         if os.getpid() != self._process:
@@ -371,10 +439,14 @@ class Run:
         if self._state != "reversed":
             self._state = "closed"
         self._release()
+        if self._keeper is not None and os.getpid() == self._process:
+            self._keeper.close()
 
     def _release(self) -> None:
         if os.getpid() != self._process:
             return  # a fork: locks and files are the parent's, whose workers may be holding them
+        if self._keeper is not None:
+            self._keeper.stop()
         self._mover.close()
         for pool in self._pools.values():
             pool.close()
@@ -401,7 +473,7 @@ class Run:
         """
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
-        trace, mover, choice = self._trace, self._mover, self.choice
+        trace, mover, choice, keeper = self._trace, self._mover, self.choice, self._keeper
         waited = trace.seconds("wait")
         tier: Any = self._tier
         return Report(
@@ -433,10 +505,13 @@ class Run:
             read_seconds=mover.fetched.seconds,
             overlap_fraction=trace.overlap_fraction(),
             direct_io=getattr(tier, "direct", None),
-            faults=(*self._early_faults, *mover.faults),
+            faults=(*self._early_faults, *mover.faults, *(keeper.faults if keeper is not None else ())),
             failed_transfers=mover.written.failures + mover.fetched.failures,
             repeated_reads=mover.repeated_reads,
-            notes=(*self._traits.notes, *self._tier_notes()),
+            notes=(*self._traits.notes, *self._tier_notes(), *(keeper.notes if keeper is not None else ())),
+            resumed_from=None if keeper is None else keeper.resumed_from,
+            durable_points=None if keeper is None else keeper.durable_points,
+            durable_seconds=0.0 if keeper is None else keeper.seconds,
         )
 
     def _tier_notes(self) -> tuple[str, ...]:

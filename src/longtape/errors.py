@@ -5,7 +5,8 @@
     LongtapeError
     ├── UsageError (ValueError)        what was asked cannot be done as asked
     │   ├── BudgetError                too little memory; says the least that would do
-    │   └── StepError                  a step broke its contract
+    │   ├── StepError                  a step broke its contract
+    │   └── ResumeError                the files of a resumable run are not of the run that was asked for
     ├── StorageError (OSError)         a tier could not do what was asked
     │   ├── StorageFull                no space left, or the stated limit is reached
     │   └── DamagedBlock               a block that was read is not what was written
@@ -37,6 +38,10 @@ class BudgetError(UsageError):
 
 class StepError(UsageError):
     """The user's step changed shape, dtype or structure, or broke another part of its contract."""
+
+
+class ResumeError(UsageError):
+    """What is in the resume directory cannot be gone on with: another run's, or held by another process."""
 
 
 class StorageError(LongtapeError, OSError):

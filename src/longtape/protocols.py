@@ -116,3 +116,32 @@ class Observer(Protocol):
 
     def on_transfer(self, kind: str, key: Key, nbytes: int, began: float, ended: float) -> None:
         """A ``"write"`` or ``"read"`` moved `nbytes` bytes between `began` and `ended`."""
+
+
+class Durable(Protocol):
+    """What a job lays open so that its run can be resumed; on the executor's thread.
+
+    Arrays are bytes: contiguous, one-dimensional.  Those handed out are read before the
+    next step is run; those handed in belong to the job.
+    """
+
+    def rows(self, start: int, stop: int) -> list[Bytes]:
+        """What the forward sweep has produced for steps ``[start, stop)`` beside the state."""
+
+    def put_rows(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        """Take back what `rows` gave; raise `DamagedBlock` if it cannot be used."""
+
+    def seed(self) -> str | None:
+        """A fingerprint of the adjoint that the reverse sweep begins with; None if it cannot be made durable."""
+
+    def adjoint(self) -> list[Bytes]:
+        """The adjoint as it is, accumulated gradients included."""
+
+    def put_adjoint(self, arrays: list[Bytes]) -> None:
+        """Take back what `adjoint` gave."""
+
+    def bars(self, start: int, stop: int) -> list[Bytes]:
+        """What the reverse sweep has produced for steps ``[start, stop)`` that will not change any more."""
+
+    def put_bars(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        """Take back what `bars` gave."""

@@ -66,6 +66,12 @@ class Report:
     """How many transfers failed, repeated ones included; `faults` tells of the first of them."""
     repeated_reads: int = 0
     """Reads that failed and were tried once more.  An item whose read fails twice is recomputed."""
+    resumed_from: str | None = None
+    """Where an earlier process was stopped and this one went on, in words; None: the run began here."""
+    durable_points: int | None = None
+    """Moments from which this run could have been resumed; None for a run that cannot."""
+    durable_seconds: float = 0.0
+    """For which compute stood still so that the run could be resumed; part of `measured`."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -100,6 +106,10 @@ class Report:
                 f"storage was busy for {busy} ({self.writes:,} writes, {self.reads:,} reads, {io}); "
                 f"{self.overlap_fraction:.1%} of it while compute went on"
             )
+        if self.durable_points is not None:
+            begun = f"resumed from {self.resumed_from}; " if self.resumed_from else ""
+            held = format_seconds(self.durable_seconds)
+            lines.append(f"{begun}made durable {self.durable_points:,} times, for which compute stood still for {held}")
         lines += [f"fault: {fault}" for fault in self.faults[:10]]
         if len(self.faults) > 10:
             lines.append(f"... and {len(self.faults) - 10} more faults")

@@ -15,13 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from longtape.compose import Run, Settings, Traits
+from longtape.durable.fingerprints import of_bytes, of_code
+from longtape.durable.home import Home
+from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.engine.trace import Trace
 from longtape.errors import StepError, UsageError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
-from longtape.protocols import Observer, Slot, Tier
+from longtape.protocols import Bytes, Observer, Slot, Tier
 from longtape.report import Report
 
 Array = npt.NDArray[Any]
@@ -40,9 +43,11 @@ class Model(Protocol):
     A model may also have:
 
     * ``max_reverse`` (int): most steps one `reverse` call may take; 1 if absent;
-    * ``adjoint`` (sequence of arrays): what `reverse` updates, accumulated gradients
-      included.  It is checked to be arrays, and otherwise left alone: it is where a
-      half-finished reverse sweep would be made durable;
+    * ``adjoint`` (array or sequence of arrays): what `reverse` updates, accumulated gradients
+      included, all of it.  Only with ``resume`` is it used: it is made durable on the
+      way, and set when a half-finished reverse sweep is gone on with;
+    * ``fingerprint`` (str or bytes): whatever else the gradient depends on, such as parameters;
+      with ``resume``, a run that was begun with another one is refused;
     * ``advance_into(step, source, target)`` and ``reverse_from(step, source)``: run one
       step from the arrays `source` into the arrays `target` of the same shapes, and take
       its adjoint from `source`, changing neither.  A model that has both is run from the
@@ -223,6 +228,67 @@ class _OutOfPlaceJob(_InPlaceJob):
                 np.copyto(array, kept, casting="no")
 
 
+class _Kept:
+    """A model's adjoint, for a run that can be resumed.  Implements `longtape.protocols.Durable`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def _arrays(self) -> list[Array]:
+        adjoint = getattr(self._model, "adjoint", ())
+        return [adjoint] if isinstance(adjoint, np.ndarray) else list(adjoint)
+
+    def rows(self, start: int, stop: int) -> list[Bytes]:
+        return []
+
+    def put_rows(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        pass
+
+    def seed(self) -> str | None:
+        return of_bytes(self.adjoint()) if self._arrays() else None
+
+    def adjoint(self) -> list[Bytes]:
+        return [_bytes_of(array) for array in self._arrays()]
+
+    def put_adjoint(self, arrays: list[Bytes]) -> None:
+        for array, kept in zip(self._arrays(), arrays, strict=True):
+            np.copyto(array, kept.view(array.dtype).reshape(array.shape))
+
+    def bars(self, start: int, stop: int) -> list[Bytes]:
+        return []
+
+    def put_bars(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        pass
+
+
+def _bytes_of(array: Array) -> Bytes:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _fingerprint(model: Any, steps: int, kept: _Kept) -> dict[str, str]:
+    """What must be the same for a run of this model to be gone on with."""
+    kind, code = type(model), ("advance", "reverse", "advance_into", "reverse_from")
+    more = getattr(model, "fingerprint", "")
+    if not isinstance(more, str | bytes):
+        raise UsageError(f"model.fingerprint must be a string or bytes, not {type(more).__name__}")
+    shapes = [f"{a.dtype}{list(a.shape)}" for a in model.state], [f"{a.dtype}{list(a.shape)}" for a in kept._arrays()]
+    more_bytes = np.frombuffer(more.encode() if isinstance(more, str) else more, np.uint8)
+    return {
+        "front end": "Sweep",
+        "model": f"{kind.__module__}.{kind.__qualname__}",
+        "code of the model's steps": of_code(*[getattr(kind, name, None) for name in code]),
+        "number of steps": str(steps),
+        "shape of the state": of_bytes([_text(" ".join(shapes[0]))]),
+        "shape of the adjoint": of_bytes([_text(" ".join(shapes[1]))]),
+        "initial state": of_bytes(_bytes_of(array) for array in model.state),
+        "fingerprint of the model": of_bytes([more_bytes]),
+    }
+
+
+def _text(text: str) -> Bytes:
+    return np.frombuffer(text.encode(), np.uint8)
+
+
 class Sweep:
     """Forward and reverse through `steps` steps of a model, within a memory budget.
 
@@ -236,9 +302,16 @@ class Sweep:
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file.
         costs: Times to plan with; measured on the model when None.
+        resume: Directory that makes the run durable.  After a kill, a loss of power or an exception,
+            the same call with a model in its initial state goes on where the run was, forward
+            or reverse.  The directory takes the place of `disk`; the files in it are removed
+            when `reverse` has ended.  One state of `memory` is set aside for it.
+        resume_seconds: Work that may be lost.
+        name: Tells runs apart that share the directory.
 
     Raises:
-        BudgetError: `memory` cannot hold one state.
+        BudgetError: `memory` cannot hold one state, or with `resume` two.
+        ResumeError: What is in `resume` is of another run, or another sweep is working on it.
         UsageError: Any other argument that cannot be honoured.
 
     Example::
@@ -261,6 +334,9 @@ class Sweep:
         observers: Iterable[Observer] = (),
         tier: Tier | None = None,
         costs: Costs | None = None,
+        resume: str | os.PathLike[str] | None = None,
+        resume_seconds: float = DEFAULT_SECONDS,
+        name: str = "sweep",
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UsageError(f"steps must be an integer of at least 1, not {steps!r}")
@@ -269,24 +345,48 @@ class Sweep:
         out_of_place = hasattr(model, "advance_into") and hasattr(model, "reverse_from")
         self._job = _OutOfPlaceJob(model, fields) if out_of_place else _InPlaceJob(model, fields)
         self._steps, self._nbytes = steps, fields.nbytes
-        measured = None if costs is not None else self._measure()
         span = 1 if out_of_place else getattr(model, "max_reverse", 1)
         if not isinstance(span, int) or span < 1:
             raise UsageError(f"model.max_reverse must be an integer of at least 1, not {span!r}")
-        by_rows = not out_of_place and span == 1 and self._steps_are_tiny(measured)
-        traits = Traits(
-            title=type(model).__name__,
-            steps=steps,
-            state_nbytes=fields.nbytes,
-            working_slots=2 if out_of_place else 0,
-            max_window=MOST_ROWS if by_rows else span,
-            tape_nbytes=fields.nbytes if by_rows else 0,
-            notes=() if measured is None else ("predicted as if an adjoint step took twice a forward step",),
-        )
-        settings = Settings(
-            memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs
-        )
-        self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
+        seconds = check_seconds(resume_seconds)
+        if resume is not None and tier is not None:
+            raise UsageError("a run in a tier of your own cannot be resumed; leave out tier, or resume")
+        home = None if resume is None else Home(resume, name)
+        try:
+            begun = None if home is None else found_begin(home)
+            measured = None if costs is not None or begun is not None else self._measure()
+            if begun is None:
+                by_rows = not out_of_place and span == 1 and self._steps_are_tiny(measured)
+            else:
+                by_rows = begun.front.get("by_rows") is True
+            traits = Traits(
+                title=type(model).__name__,
+                steps=steps,
+                state_nbytes=fields.nbytes,
+                working_slots=2 if out_of_place else 0,
+                max_window=MOST_ROWS if by_rows else span,
+                tape_nbytes=fields.nbytes if by_rows else 0,
+                notes=() if measured is None else ("predicted as if an adjoint step took twice a forward step",),
+            )
+            resumable = None
+            if home is not None:
+                kept = _Kept(model)
+                fingerprint, front = _fingerprint(model, steps, kept), {"by_rows": by_rows}
+                resumable = Resumable(home, kept, fingerprint, front, seconds=seconds)
+            settings = Settings(
+                memory,
+                disk=disk,
+                disk_limit=disk_limit,
+                observers=tuple(observers),
+                tier=tier,
+                costs=costs,
+                resumable=resumable,
+            )
+            self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
+        except BaseException:
+            if home is not None:
+                home.close()
+            raise
         if by_rows:
             self._job.keep_rows(self._run.choice.window - 1)
 

@@ -99,6 +99,10 @@ class Trace:
         """Steps whose residuals were kept in the first sweep."""
         self._reached = 0
 
+    def begin_at(self, step: int) -> None:
+        """An earlier process has run the steps below this one."""
+        self._reached = step
+
     # Observer ------------------------------------------------------------------------------
 
     def on_action(self, action: Action, began: float, ended: float) -> None:
@@ -120,7 +124,7 @@ class Trace:
 
     def _ran(self, action: Advance | Record, began: float, ended: float) -> None:
         count = action.stop - action.start
-        fresh = max(0, action.stop - self._reached)
+        fresh = min(count, max(0, action.stop - self._reached))
         self._span("forward" if fresh else "replay", began, ended)
         self._reached = max(self._reached, action.stop)
         self.steps_forward += fresh

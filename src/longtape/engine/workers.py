@@ -108,3 +108,32 @@ def close_aside(tier: Tier, patience: float = 0.25) -> None:
     thread = threading.Thread(target=tier.close, name="longtape-close", daemon=True)
     thread.start()
     thread.join(patience)
+
+
+class Aside:
+    """One thread that does what it is given, in order, while the caller goes on."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, task: Callable[[], None]) -> None:
+        """Queue a task, which must not raise; the thread starts with the first."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"longtape-{self._name}", daemon=True)
+            self._thread.start()
+        self._tasks.put(task)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task()
+            del task
+
+    def close(self, timeout: float) -> bool:
+        """Let the thread end after what is queued; False if it is still busy after `timeout` seconds."""
+        if self._thread is None:
+            return True
+        self._tasks.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()

@@ -29,6 +29,7 @@ from longtape.plan.backward import ReverseSweep
 from longtape.plan.course import Actions, Course
 from longtape.plan.layout import EXACT, Layout, Rules
 from longtape.plan.outward import ForwardSweep
+from longtape.plan.resumed import take_up
 from longtape.plan.stock import Stock
 
 __all__ = ["EXACT", "AsynchronousPlan", "Layout", "Rules"]
@@ -50,7 +51,13 @@ class AsynchronousPlan:
         course, snapshots = self._course, self._course.stock.snapshots
         if course.layout.pin_initial:
             course.protect(0)
-        window = yield from self._outward.run(0)
+        window = 0
+        if course.stock.reached is not None:
+            resumed = yield from take_up(course, self._outward)
+            if resumed is None:
+                return
+            window = resumed
+        window = yield from self._outward.run(window)
         if course.layout.tail and course.restarts and snapshots.available() == 0:
             # Every slot waits to be written: keeping the tail would delay compute.
             self._outward.give_up_tail()
@@ -61,6 +68,9 @@ class AsynchronousPlan:
         if window > last or (not course.layout.final_state and window == last):
             yield from self._backward.turn(last)
             return
-        yield from course.push(window)
+        if course.restarts and course.restarts[-1] == window:
+            course.protect(window)  # kept before, by a run that is gone on with
+        else:
+            yield from course.push(window)
         below = course.restarts[-2] if len(course.restarts) > 1 else None
         yield from self._backward.interval(window, last - window + 1, snapshots.available() + 1, below)

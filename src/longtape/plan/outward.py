@@ -37,6 +37,10 @@ class ForwardSweep:
         """Run on to the end: keeping the tail would delay compute."""
         self._tail = 0
 
+    def keep_initial(self) -> Actions:
+        """The working state is state 0: keep it as a sweep that begins does."""
+        yield from self._try_store(0)
+
     def run(self, window: int) -> Generator[Action, None, int]:
         """Advance to the greedy end, storing as the rules say; returns the window it stopped at."""
         while window < self._greedy_end():
@@ -91,6 +95,8 @@ class ForwardSweep:
 
     def _try_store(self, window: int) -> Actions:
         self._last_store = window
+        if self._course.restarts and self._course.restarts[-1] == window:
+            return  # kept before, by a run that is gone on with
         if window == 0 and self._course.layout.initial_is_free:
             self._course.restarts.append(0)
             return

@@ -135,6 +135,10 @@ class Stock:
         """Items that a failed transfer has cost, for whoever reports it."""
         self.failed: list[Key] = []
         """Items whose write failed and which are therefore in memory only, until the plan deals with them."""
+        self.reached: int | None = None
+        """Where an earlier process had come in the forward sweep, in steps; None: there was none."""
+        self.adjoint: int | None = None
+        """The step to which one had taken the adjoint; None: the reverse sweep begins at the end."""
         self._writing_since = 0.0
 
     def shelf(self, kind: Kind) -> Shelf:

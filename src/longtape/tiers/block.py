@@ -34,15 +34,15 @@ VERSION = 1
 _FIELDS = struct.Struct("<8sHHI16sqQQQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_NBYTES = _FIELDS.size + _CHECKSUM.size
-_CODES = {Kind.SNAPSHOT: 1, Kind.RESIDUALS: 2}
-_KINDS = {code: kind for kind, code in _CODES.items()}
+CODES = {Kind.SNAPSHOT: 1, Kind.RESIDUALS: 2, Kind.RESTART: 3, Kind.PARTS: 4}
+KINDS = {code: kind for kind, code in CODES.items()}
 
 
 def header(run_id: bytes, key: Key, sequence: int, payload: Bytes) -> bytes:
     """The header of a block that holds `payload`; reads all of it for the checksum."""
     kind, step = key
     fields = _FIELDS.pack(
-        MAGIC, VERSION, _CODES[kind], 0, run_id, step, payload.nbytes, sequence, xxh3_64_intdigest(payload.data)
+        MAGIC, VERSION, CODES[kind], 0, run_id, step, payload.nbytes, sequence, xxh3_64_intdigest(payload.data)
     )
     return fields + _CHECKSUM.pack(xxh3_64_intdigest(fields))
 
@@ -62,7 +62,7 @@ def difference(expected: bytes, found: bytes) -> str:
     if run_id != want[4]:
         return f"it is another run's block ({run_id.hex()})"
     if (code, step) != (want[2], want[5]):
-        return f"it is the block of {Key(_KINDS[code], step) if code in _KINDS else (code, step)}"
+        return f"it is the block of {Key(KINDS[code], step) if code in KINDS else (code, step)}"
     if sequence != want[7]:
         return f"it is an older block of the same item (write {sequence}, not {want[7]})"
     if nbytes != want[6]:

@@ -64,12 +64,15 @@ class DiskTier:
         if limit is not None and limit < 0:
             raise UsageError(f"limit={limit} is negative; give the most bytes the scratch file may take")
         self.limit = limit
-        scratch = self._scratch = open_scratch(directory, direct=direct)
+        scratch = self._scratch = self._open(os.fspath(directory), direct)
         try:
             self._set_up(scratch)
         except BaseException:  # an interrupt, or no memory: nobody else knows the file
             os.close(scratch.fd)
             raise
+
+    def _open(self, directory: str, direct: bool | None) -> Scratch:
+        return open_scratch(directory, direct=direct)
 
     def _set_up(self, scratch: Scratch) -> None:
         self._file = WholeFile(

@@ -58,6 +58,18 @@ class Extents:
         self.in_use -= size
         self._fragmented = True
 
+    def claim(self, taken: list[tuple[int, int]]) -> None:
+        """Begin with these extents in use, as (offset, size); what lies between them is free.
+
+        They must not overlap.  Only for an object that has given nothing out.
+        """
+        for offset, size in sorted(taken):
+            if offset > self.end:
+                self._free.setdefault(offset - self.end, []).append(self.end)
+            self.end = offset + size
+            self._count(size)
+        self._fragmented = True
+
     def _count(self, size: int) -> None:
         self.in_use += size
         self.peak = max(self.peak, self.in_use)

@@ -12,8 +12,8 @@ is released once, after the last transfer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from longtape.actions import Key
 from longtape.errors import StateError, UsageError
@@ -74,6 +74,19 @@ class Ledger:
             del self._entries[key]
             entry.removed = True
             return None if entry.busy else entry
+
+    def enter(self, key: Key, entry: Entry) -> None:
+        """Enter, under `key`, an item that an earlier process wrote; sequence numbers go on above its own."""
+        with self._lock:
+            self._require_open()
+            self._entries[key] = entry
+            self._sequence = max(self._sequence, entry.sequence)
+
+    def written(self, keys: Iterable[Key]) -> list[Entry | None]:
+        """For each key a copy of its entry, or None where no whole write of it has ended."""
+        with self._lock:
+            entries = [self._entries.get(key) for key in keys]
+            return [None if e is None or e.written is None else replace(e) for e in entries]
 
     def take_late(self) -> list[Entry]:
         """Entries whose transfers ended after they were taken out."""

@@ -3,7 +3,7 @@
 Owns the choice of flags and the finding of alignments; must not know what goes into
 the file.  Entered once a run, by the executor's thread.
 
-Invariants: the file has no name from the moment this returns, so nothing is left of
+Invariants: an anonymous file has no name from the moment this returns, so nothing is left of
 it however the process ends; `direct` is true only where an aligned block was written
 and read back that way.
 """
@@ -14,8 +14,9 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longtape.errors import StorageError, UsageError
 from longtape.tiers import linux
@@ -73,6 +74,38 @@ def open_scratch(directory: str | os.PathLike[str], *, direct: bool | None = Non
         raise
 
 
+def open_named(path: str, *, is_new: bool, direct: bool | None = None) -> Scratch:
+    """Open a scratch file that has a name and stays when the process ends; otherwise like `open_scratch`.
+
+    Args:
+        path: Of the file, in a directory that exists.
+        is_new: Make it, private to the user; else it must be there, and keeps what is in it.
+        direct: As in `open_scratch`.
+
+    Raises:
+        UsageError: The directory cannot be used, or direct I/O was demanded in vain.
+        StorageError: The file cannot be opened, or is no file.
+    """
+    trial = open_scratch(os.path.dirname(path), direct=direct)
+    try:
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        fd = os.open(path, flags | (os.O_CREAT | os.O_EXCL if is_new else 0), 0o600)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            _set_direct(fd, on=trial.direct)
+            if not trial.direct:
+                _expect_no_order(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+    except OSError as error:
+        raise StorageError(error.errno, f"the scratch file {path} cannot be opened: {error.strerror}") from error
+    finally:
+        os.close(trial.fd)
+    return replace(trial, fd=fd)
+
+
 def _open_anonymous(path: str) -> int:
     if not os.path.isdir(path):
         what = "is not a directory" if os.path.exists(path) else "does not exist"
@@ -107,8 +140,7 @@ def _set_up(fd: int, path: str, direct: bool | None) -> Scratch:
     if reason is not None:
         _set_direct(fd, on=False)
         memory_alignment = 1
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: we know what comes next
+        _expect_no_order(fd)
     return Scratch(
         fd=fd,
         directory=path,
@@ -118,6 +150,11 @@ def _set_up(fd: int, path: str, direct: bool | None) -> Scratch:
         memory_alignment=memory_alignment,
         block=block,
     )
+
+
+def _expect_no_order(fd: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: we know what comes next
 
 
 def _alignments(fd: int) -> tuple[int, int]:

@@ -1,0 +1,580 @@
+"""Makes a run durable: decides when, collects what, and has a thread of its own sync and record it.
+
+Owns the points a run can be gone on from, from the first to the removal of its files.
+Knows no plan: it sees the run as a job does, through `DurableJob`.  Runs on the executor's
+thread; what it hands to its own thread writes, syncs and appends, in this order.
+
+Invariants: a record is appended only after all that it names is on the device; at most one point
+is under way; nothing that the last durable point names is given up before the next one
+is durable.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from longtape.actions import Key, Kind
+from longtape.durable import points
+from longtape.durable.home import Home
+from longtape.durable.parts import pack, unpack
+from longtape.durable.points import Begin, Point, Stretch
+from longtape.engine.workers import Aside
+from longtape.errors import DamagedBlock, ResumeError, StorageError, UsageError
+from longtape.plan.choose import Choice
+from longtape.plan.costs import Costs
+from longtape.plan.stock import Stock
+from longtape.protocols import Bytes, Durable, Job, Slot
+from longtape.tiers.named import NamedDiskTier
+
+DEFAULT_SECONDS = 60.0
+"""Of work that may be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumable:
+    """What a front end brings for its run to be resumable."""
+
+    home: Home
+    source: Durable
+    fingerprint: dict[str, str]
+    """By a name for people: what must be the same for the run to be gone on with."""
+    front: dict[str, Any] = field(default_factory=dict)
+    """Anything that the front end wants to find in `found_front`; JSON."""
+    extra: bytes = b""
+    seconds: float = DEFAULT_SECONDS
+
+
+def found_begin(home: Home) -> Begin | None:
+    """What the run is that an earlier process began here; None if there is none."""
+    return points.read_begin(home.records[0]) if home.records else None
+
+
+def check_seconds(seconds: float) -> float:
+    """The option as a number.  Raises `UsageError`."""
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+        raise UsageError(f"resume_seconds is the work in seconds that may be lost, more than 0; not {seconds!r}")
+    return float(seconds)
+
+
+@dataclass(slots=True, eq=False)
+class _Attempt:
+    """One point under way."""
+
+    point: Point
+    changes: dict[str, Stretch | None]
+    blocks: list[tuple[Key, Bytes]]
+    keep: list[Key]
+    """Keys that the record names."""
+    fresh: list[Key]
+    """Keys to give up if it fails."""
+    retired: int
+    written: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    abandoned: bool = False
+    error: Exception | None = None
+    sequences: dict[Key, int] = field(default_factory=dict)
+
+
+class Keeper:
+    """Keeps one run resumable.
+
+    Args:
+        resumable: What the front end brings.
+        limit: Most bytes of the scratch file.
+        stuck_seconds: Wait no longer for the disk than this.
+
+    Raises:
+        ResumeError: What is there is of another run.
+        StorageError: The files cannot be made.
+    """
+
+    def __init__(self, resumable: Resumable, *, limit: int | None, stuck_seconds: float) -> None:
+        self._resumable, self._home, self._source = resumable, resumable.home, resumable.source
+        self._stuck_seconds, self._clock = stuck_seconds, time.perf_counter
+        self._process = os.getpid()
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+        self.durable_points = 0
+        self.seconds = 0.0
+        """For which the run stood still to be made durable."""
+        self.resumed_from: str | None = None
+        self._aside = Aside("durable")
+        self._has_ended = True
+        self._attempt: _Attempt | None = None
+        self._own: set[Key] = set()
+        """Items of our own that are written, or being written."""
+        self._known: dict[Key, int] = {}
+        """What the journal names, with the number of its write."""
+        self._serial = 0
+        self.begin = found_begin(self._home)
+        self._begin_header: dict[str, Any] | None = None
+        """What the journal has yet to begin with."""
+        self._point = Point()
+        self.snapshots: set[int] = set()
+        self.residuals: set[int] = set()
+        if self.begin is not None:
+            self._check(self.begin)
+        try:
+            self.tier = self._open_tier(limit)
+        except BaseException:
+            self._aside.close(0.0)
+            raise
+        # A point begins after half the time, so that it is durable before all of it has passed.
+        self._every = resumable.seconds / 2
+        self._due = self._clock() + self._every
+        self._pace = 0.0
+
+    # Finding a run ---------------------------------------------------------------------------
+
+    def _check(self, begin: Begin) -> None:
+        ours = self._resumable.fingerprint
+        differs = [name for name in ours if begin.fingerprint.get(name) != ours[name]]
+        differs += [name for name in begin.fingerprint if name not in ours]
+        if differs:
+            raise ResumeError(
+                f"the run {self._home.name!r} in {self._home.directory} was begun with another {', '.join(differs)}; "
+                "go on with what it was begun with, or give this run another name, or remove the old one "
+                f"(longtape clean {self._home.directory})"
+            )
+
+    def _open_tier(self, limit: int | None) -> NamedDiskTier:
+        if self.begin is None and self._home.records:
+            header = self._home.records[0].header
+            if header.get("what") == "begin" and header.get("format") != points.FORMAT:
+                raise ResumeError(
+                    f"the run {self._home.name!r} in {self._home.directory} is of format {header.get('format')!r}, and "
+                    f"this Longtape goes on with format {points.FORMAT}; finish it with the version that began it, "
+                    f"or remove it (longtape clean {self._home.directory})"
+                )
+        if self.begin is not None:
+            self._point = points.read_point(self._home.records[1:])
+            try:
+                return self._take_up(self.begin, limit)
+            except StorageError as error:
+                self.snapshots, self.residuals = set(), set()
+                self._fault(f"what an earlier process has made durable cannot be used, so the run begins anew: {error}")
+        self.begin, self._point = None, Point()
+        self._known, self._own, self._serial = {}, set(), 0
+        self._home.clear()
+        self._run_id = os.urandom(16)
+        self._journal = self._home.journal(self._run_id)
+        return NamedDiskTier(self._home.data_path, run_id=self._run_id, is_new=True, limit=limit)
+
+    def _take_up(self, begin: Begin, limit: int | None) -> NamedDiskTier:
+        point, self._run_id = self._point, begin.run_id
+        tier = NamedDiskTier(self._home.data_path, run_id=begin.run_id, is_new=False, limit=limit)
+        try:
+            if tier.block_nbytes != begin.block:
+                raise StorageError(f"the disk wants blocks of {tier.block_nbytes} bytes; it had {begin.block}")
+            self._known = {key: place.sequence for key, place in point.items.items()}
+            entered = tier.enter(self._renamed(point).items())
+            self._own = {key for key in entered if key.kind in (Kind.RESTART, Kind.PARTS)}
+            self._serial = 1 + max((key.step for key in point.items if key.kind is Kind.PARTS), default=-1)
+            self.snapshots = {key.step for key in entered if key.kind is Kind.SNAPSHOT}
+            self.residuals = {key.step for key in entered if key.kind is Kind.RESIDUALS}
+            self._journal = self._home.journal(begin.run_id)
+            self._aside_wait(lambda: self._put_back(tier, point.rows, self._source.put_rows))
+        except BaseException:
+            tier.close()
+            raise
+        return tier
+
+    def _renamed(self, point: Point) -> dict[Key, Any]:
+        """Where the items lie: restart points as snapshots, which they are for a plan that takes them up."""
+        items = dict(point.items)
+        for key in [k for k in items if k.kind is Kind.RESTART and not (point.turned and k.step == point.reached)]:
+            place = items.pop(key)
+            items.setdefault(Key(Kind.SNAPSHOT, key.step), place)
+        items.pop(Key(Kind.SNAPSHOT, 0), None)  # the caller has it
+        return items
+
+    def _put_back(
+        self, tier: NamedDiskTier, stretches: Iterable[Stretch], put: Callable[[int, int, list[Bytes]], None]
+    ) -> None:
+        for stretch in stretches:
+            put(stretch.start, stretch.stop, self._parts(tier, stretch))
+
+    def _parts(self, tier: NamedDiskTier, stretch: Stretch) -> list[Bytes]:
+        keys = stretch.names()
+        places = tier.places(keys)
+        sizes = [place.written for place in places if place is not None]
+        if len(sizes) < len(keys):
+            raise DamagedBlock("parts of what was made durable are missing")
+        return unpack(sizes, lambda number, out: tier.read(keys[number], out))
+
+    def _aside_wait(self, task: Callable[[], None]) -> None:
+        """Have our thread do it, and wait no longer than for anything else of the disk.  Raises what it raises."""
+        done, failure = threading.Event(), []
+
+        def run() -> None:
+            try:
+                task()
+            except Exception as error:
+                failure.append(error)
+            finally:
+                done.set()
+
+        self._aside.submit(run)
+        if not done.wait(self._stuck_seconds):
+            raise StorageError(f"no answer from storage for {self._stuck_seconds:g} s")
+        if failure:
+            raise failure[0]
+
+    # Joining a run ---------------------------------------------------------------------------
+
+    def chosen(self, choice: Choice, costs: Costs, *, title: str, steps: int) -> None:
+        """A new run begins with this plan."""
+        resumable = self._resumable
+        self.begin = Begin(
+            self._run_id,
+            resumable.fingerprint,
+            resumable.front,
+            resumable.extra,
+            choice,
+            costs,
+            title,
+            steps,
+            self.tier.block_nbytes,
+            time.time(),
+        )
+        self._begin_header = points.begin_header(self.begin)
+
+    def attach(self, job: Job, stock: Stock, slot: Slot, *, window: int, keeps_all: bool, steps: int) -> DurableJob:
+        """Join the run.
+
+        Args:
+            job: Whose steps are to be watched.
+            stock: Of the run; is told what an earlier process has left.
+            slot: Room for one snapshot, for us to keep.
+            window: Steps; restart points lie on multiples of it.
+            keeps_all: Keep every restart point, because the plan itself stores none.
+            steps: N.
+
+        Returns:
+            The job to run in its place.
+        """
+        self._job, self._stock, self._slot = job, stock, slot
+        self._window, self._keeps_all, self._steps = window, keeps_all, steps
+        self._rows_from = max((stretch.stop for stretch in self._point.rows), default=0)
+        self._adjoint_at = steps
+        self._bars_from = steps
+        self._seed: str | None = None
+        self._final: Key | None = None
+        point = self._point
+        if point.count:
+            self._tell(stock, point)
+        return DurableJob(job, self)
+
+    def _tell(self, stock: Stock, point: Point) -> None:
+        """What there is goes onto the shelves."""
+        stock.snapshots.stored |= self.snapshots
+        stock.residuals.stored |= self.residuals
+        stock.reached = point.reached
+        if point.turned:
+            final = Key(Kind.RESTART, point.reached)
+            try:
+                self._aside_wait(lambda: self.tier.read(final, self._slot.data))
+                self._final = final
+            except OSError as error:
+                self._fault(f"the final state cannot be read back, and is computed again: {error}")
+                stock.reached = max(self.snapshots, default=0)
+        self.resumed_from = f"step {stock.reached:,} of the forward sweep" if self._final is None else "the turn"
+
+    @property
+    def reached(self) -> int:
+        """The step from which the forward sweep goes on."""
+        return self._stock.reached or 0
+
+    # Watching ----------------------------------------------------------------------------------
+
+    def piece(self, start: int, stop: int) -> int:
+        """How far to run before we look at the clock again: a tenth of the time between points, in whole windows."""
+        if stop - start <= self._window or self._pace <= 0.0:
+            return min(stop, start + self._window)
+        steps = int(self._every / 10 / self._pace)
+        if start + steps >= stop:
+            return stop
+        return min(stop, max(start + self._window, (start + steps) // self._window * self._window))
+
+    def ran(self, steps: int, seconds: float) -> None:
+        """So many steps took so long."""
+        self._pace = seconds / steps if steps else self._pace
+
+    def passed(self, step: int, *, turned: bool) -> None:
+        """The working state is at `step`."""
+        if self._clock() < self._due or step % self._window or step >= self._steps:
+            return
+        if not turned:
+            self._save(state=step, reached=step)
+        elif self._can_save_adjoint():
+            self._save(state=step, adjoint=True)
+
+    def came_down(self, step: int) -> None:
+        """The adjoint is at `step`."""
+        self._adjoint_at = step
+        if self._clock() >= self._due and self._can_save_adjoint() and step > 0:
+            self._save(adjoint=True)
+
+    def _can_save_adjoint(self) -> bool:
+        return self._seed is not None and self._final is not None
+
+    def turning(self) -> None:
+        """The working state is the final one."""
+        if self._final is not None:
+            self._job.load(self._slot)
+            return
+        self._settle_attempt(wait=True)
+        self._save(state=self._steps, reached=self._steps, is_final=True)
+
+    def begin_reverse(self) -> None:
+        """The adjoint of the end is set: go on from a durable one if it came from the same."""
+        self._due = self._clock() + self._every
+        self._settle_attempt(wait=False)
+        self._seed = self._source.seed()
+        point = self._point
+        if self._seed is None:
+            self.notes.append("only the forward sweep can be resumed, for the model has no adjoint arrays to keep")
+            return
+        if point.adjoint is None or self.resumed_from is None or self._final is None:
+            return
+        if point.seed != self._seed:
+            self._fault(
+                "the adjoint at the end is another one than that of the run that is resumed, so its reverse sweep "
+                "begins anew"
+            )
+        else:
+            try:
+                self._aside_wait(lambda: self._put_adjoint(point))
+            except OSError as error:
+                self._fault(f"the adjoint cannot be read back, so the reverse sweep begins anew: {error}")
+            else:
+                self._stock.adjoint = self._adjoint_at = self._bars_from = point.adjoint.start
+                self.resumed_from = f"the adjoint of step {point.adjoint.start:,}"
+                return
+        for stretch in [point.adjoint, *point.bars]:
+            self._drop(stretch.names())
+        point.adjoint, point.bars, point.seed = None, [], None
+
+    def _put_adjoint(self, point: Point) -> None:
+        assert point.adjoint is not None
+        arrays = self._parts(self.tier, point.adjoint)
+        bars = [(stretch, self._parts(self.tier, stretch)) for stretch in point.bars]
+        self._source.put_adjoint(arrays)
+        for stretch, parts in bars:
+            self._source.put_bars(stretch.start, stretch.stop, parts)
+
+    # Making a point --------------------------------------------------------------------------
+
+    def _save(
+        self, *, state: int | None = None, reached: int | None = None, adjoint: bool = False, is_final: bool = False
+    ) -> None:
+        if os.getpid() != self._process or not self._settle_attempt(wait=False):
+            return
+        began = self._clock()
+        fresh: list[Key] = []
+        try:
+            attempt = self._collect(fresh, state=state, reached=reached, adjoint=adjoint, is_final=is_final)
+        except OSError as error:
+            self._drop(fresh)
+            self._fault(f"the run could not be made durable: {error}")
+        else:
+            self._attempt = attempt
+            self._aside.submit(lambda: self._carry_out(attempt))
+            if not attempt.written.wait(self._stuck_seconds):
+                attempt.abandoned = True
+                self._fault(f"the run could not be made durable: no answer from storage for {self._stuck_seconds:g} s")
+        now = self._clock()
+        self.seconds += now - began
+        self._due = now + self._every
+
+    def _collect(
+        self, fresh: list[Key], *, state: int | None, reached: int | None, adjoint: bool, is_final: bool
+    ) -> _Attempt:
+        """Everything that a point holds; adds the keys it reserves to `fresh`."""
+        old, source, tier = self._point, self._source, self.tier
+        point = Point(
+            old.reached, old.turned, old.adjoint, old.seed, list(old.rows), list(old.bars), count=old.count + 1
+        )
+        blocks: list[tuple[Key, Bytes]] = []
+
+        def parts(arrays: list[Bytes], start: int, stop: int) -> Stretch | None:
+            if not arrays:
+                return None
+            packed = pack(arrays)
+            stretch = Stretch(self._serial, len(packed), start, stop)
+            self._serial += len(packed)
+            for key, data in zip(stretch.names(), packed, strict=True):
+                tier.reserve(key, data.nbytes)
+                fresh.append(key)
+                blocks.append((key, data))
+            return stretch
+
+        changes: dict[str, Stretch | None] = {"adjoint": None, "rows": None, "bars": None}
+        if reached is not None:
+            point.reached, point.turned = reached, is_final
+            if reached > self._rows_from:
+                changes["rows"] = parts(source.rows(self._rows_from, reached), self._rows_from, reached)
+        if adjoint and (old.adjoint is None or old.adjoint.start != self._adjoint_at):
+            changes["adjoint"] = point.adjoint = parts(source.adjoint(), self._adjoint_at, self._adjoint_at)
+            point.seed = self._seed
+            if self._adjoint_at < self._bars_from:
+                found = source.bars(self._adjoint_at, self._bars_from)
+                changes["bars"] = parts(found, self._adjoint_at, self._bars_from)
+        for kind in ("rows", "bars"):
+            stretch = changes[kind]
+            if stretch is not None:
+                getattr(point, kind).append(stretch)
+        if state is not None and Key(Kind.RESTART, state) not in self._own:
+            key = Key(Kind.RESTART, state)
+            tier.reserve(key, self._slot.data.nbytes)
+            fresh.append(key)
+            self._slot = self._job.save(self._slot)
+            blocks.append((key, self._slot.data))
+        needed = self._needed(point, state)
+        return _Attempt(point, changes, blocks, [*self._stored(), *needed], fresh, tier.retired)
+
+    def _needed(self, point: Point, state: int | None) -> list[Key]:
+        """The items of our own that this point needs."""
+        stretches = [*point.rows, *point.bars] + ([] if point.adjoint is None else [point.adjoint])
+        keys = [key for stretch in stretches for key in stretch.names()]
+        restarts = {key for key in self._own if key.kind is Kind.RESTART}
+        if not self._keeps_all:
+            newest = max((key.step for key in restarts if key != self._final), default=None)
+            restarts = {key for key in restarts if key == self._final or (state is None and key.step == newest)}
+        if point.adjoint is not None:
+            restarts = {key for key in restarts if key == self._final or key.step < point.adjoint.start}
+        return [*keys, *restarts, *([] if state is None else [Key(Kind.RESTART, state)])]
+
+    def _stored(self) -> list[Key]:
+        shelves = (self._stock.snapshots, self._stock.residuals)
+        return [Key(shelf.kind, step) for shelf in shelves for step in shelf.stored]
+
+    def _carry_out(self, attempt: _Attempt) -> None:
+        """On our own thread: data, then the record that names it."""
+        try:
+            for key, data in attempt.blocks:
+                self.tier.write(key, data)
+            attempt.blocks = []
+            attempt.written.set()
+            if not attempt.abandoned:
+                self._record(attempt)
+        except Exception as error:  # dealt with on the executor's thread
+            attempt.error = error
+        finally:
+            attempt.written.set()
+            attempt.done.set()
+
+    def _record(self, attempt: _Attempt) -> None:
+        places = self.tier.places(attempt.keep)
+        there = {place.key: place for place in places if place is not None}
+        new = [(key, place) for key, place in there.items() if self._known.get(key) != place.sequence]
+        gone = [key for key in self._known if key not in there]
+        self.tier.sync()
+        if self._begin_header is not None:
+            self._journal.append(self._begin_header, self._resumable.extra)
+            self._begin_header = None
+            self._home.sync_directory()
+        self._journal.append(points.point_header(attempt.point, **attempt.changes), points.items_payload(new, gone))
+        attempt.sequences = {key: place.sequence for key, place in there.items()}
+
+    def _settle_attempt(self, *, wait: bool) -> bool:
+        """Take note of how the point under way has ended; False if it has not."""
+        attempt = self._attempt
+        if attempt is None:
+            return True
+        if not attempt.done.wait(self._stuck_seconds if wait else 0.0):
+            return False
+        self._attempt = None
+        if attempt.abandoned or attempt.error is not None:
+            if attempt.error is not None:
+                self._fault(f"the run could not be made durable: {attempt.error}")
+            self._drop(attempt.fresh)
+            return True
+        point, needed = attempt.point, set(attempt.keep)
+        self._point, self._known = point, attempt.sequences
+        self.durable_points += 1
+        if point.turned:
+            self._final = Key(Kind.RESTART, point.reached)
+        self._rows_from = max((stretch.stop for stretch in point.rows), default=0)
+        if point.adjoint is not None:
+            self._bars_from = point.adjoint.start
+        self._own |= set(attempt.fresh)
+        self._drop([key for key in self._own if key not in needed])
+        # What the last record named and this one does not may be overwritten now, and what was given back before it.
+        self.tier.settle(attempt.retired)
+        return True
+
+    def _drop(self, keys: Iterable[Key]) -> None:
+        for key in list(keys):
+            self._own.discard(key)
+            self.tier.release(key)
+
+    def _fault(self, message: str) -> None:
+        if not self.faults:
+            warnings.warn(f"longtape: {message}", RuntimeWarning, stacklevel=3)
+        self.faults.append(message)
+
+    # The end -----------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Let the point under way end; no further one is made.  Idempotent; before the tier is closed."""
+        self._settle_attempt(wait=True)
+        self._has_ended = self._aside.close(0.0 if self._attempt is not None else self._stuck_seconds)
+
+    def finish(self) -> None:
+        """The run has ended well: remove its files."""
+        if self._has_ended:
+            self._home.remove()
+        self._home.close()
+
+    def close(self) -> None:
+        """The run is given up: leave its files, to be gone on with."""
+        self.stop()
+        self._home.close()
+
+
+class DurableJob:
+    """A job whose keeper looks on: long ranges are run in pieces, after each of which a point may be made."""
+
+    def __init__(self, job: Job, keeper: Keeper) -> None:
+        self._job, self._keeper = job, keeper
+        self._turned = False
+        self.save, self.load, self.yield_slot = job.save, job.load, job.yield_slot
+        self.adopt, self.load_initial = job.adopt, job.load_initial
+
+    def advance(self, start: int, stop: int) -> int:
+        keeper = self._keeper
+        while start < stop:
+            piece = keeper.piece(start, stop)
+            began = time.perf_counter()
+            reached = self._job.advance(start, piece)
+            keeper.ran(piece - start, time.perf_counter() - began)
+            if reached != piece:
+                return reached
+            keeper.passed(piece, turned=self._turned)
+            start = piece
+        return stop
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        reached = self._job.record(start, stop, slot)
+        self._keeper.passed(reached, turned=self._turned)
+        return reached
+
+    def reverse(self, start: int, stop: int) -> None:
+        self._job.reverse(start, stop)
+        self._keeper.came_down(start)
+
+    def pull_back(self, start: int, stop: int, slot: Slot) -> None:
+        self._job.pull_back(start, stop, slot)
+        self._keeper.came_down(start)
+
+    def turn(self) -> None:
+        self._keeper.turning()
+        self._job.turn()
+        self._turned = True
