@@ -621,7 +621,7 @@ def test_a_version_or_kind_from_the_future_is_named(monkeypatch: pytest.MonkeyPa
     newer = header(b"r" * 16, snapshot(3), 5, noise(100))
     monkeypatch.setattr(block, "VERSION", 1)
     assert "version 9, not 1" in difference(good, newer)
-    monkeypatch.setitem(block._CODES, Kind.SNAPSHOT, 77)
+    monkeypatch.setitem(block.CODES, Kind.SNAPSHOT, 77)
     assert "block of (77, 3)" in difference(good, header(b"r" * 16, snapshot(3), 5, noise(100)))
 
 

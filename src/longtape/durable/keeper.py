@@ -322,6 +322,7 @@ class Keeper:
             self._save(adjoint=True)
 
     def _can_save_adjoint(self) -> bool:
+        self._settle_attempt(wait=False)
         return self._seed is not None and self._final is not None
 
     def turning(self) -> None:
