@@ -82,3 +82,37 @@ def test_tables_and_pictures(capsys, tmp_path):
 def test_bad_input_says_what_is_wrong(capsys, arguments, message):
     assert main([*STENCIL, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_clean_lists_and_removes_what_is_not_held(tmp_path, capsys):
+    from models import Chaotic
+
+    import longtape
+
+    def run(name):
+        return longtape.Sweep(Chaotic(), 50, memory="1MiB", resume=tmp_path, name=name)
+
+    with run("given-up") as sweep:
+        sweep.forward()
+    (tmp_path / "notes.txt").write_text("mine")
+    with run("going-on"):
+        assert main(["clean", str(tmp_path), "--yes"]) == 0
+    said = capsys.readouterr().out
+    assert "given-up: Chaotic, forward sweep at step 50 of 50" in said
+    assert "going-on" in said
+    assert "working on it" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "going-on.longtape-data",
+        "going-on.longtape-journal",
+        "notes.txt",
+    ]
+
+
+def test_clean_asks_first(tmp_path, capsys, monkeypatch):
+    from longtape.durable.home import Home
+
+    Home(tmp_path, "left").close()
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert main(["clean", str(tmp_path)]) == 0
+    assert "nothing was removed" in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == 1

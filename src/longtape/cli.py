@@ -1,4 +1,4 @@
-"""The command line: `longtape probe` and `longtape plan`.
+"""The command line: `longtape probe`, `longtape plan` and `longtape clean`.
 
 Thin: parses, calls `longtape.probe` and `longtape.foresee`, prints.
 """
@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import inf
 from typing import Any
 
 from longtape.compose import describe
+from longtape.durable.home import Leftover, leftovers, remove_leftover
+from longtape.durable.points import read_begin, read_point
 from longtape.errors import LongtapeError, UsageError
 from longtape.foresee import Foresight, foresee, replay, time_against_memory
 from longtape.plan.costs import Costs, Problem
@@ -60,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--json", action="store_true")
     asked.add_argument("--plot", metavar="FILE", help="draw time against memory")
     asked.set_defaults(run=_plan)
+    asked = commands.add_parser("clean", help="list and remove what resumable runs have left in a directory")
+    asked.add_argument("directory")
+    asked.add_argument("--yes", action="store_true", help="remove without asking")
+    asked.set_defaults(run=_clean)
     return parser
 
 
@@ -82,6 +89,44 @@ def _probe_table(found: Probe) -> str:
         lines.append(f"{name:<8}{format_bytes(round(speed)) + '/s':>14}{format_seconds(latency):>12}")
     lines += ["", f"{format_bytes(found.bytes_written)} written in {format_seconds(found.seconds)}; nothing is left"]
     return "\n".join(lines)
+
+
+# clean ------------------------------------------------------------------------------------------
+
+
+def _clean(parsed: argparse.Namespace) -> None:
+    found = leftovers(parsed.directory)
+    for left in found:
+        print(_described(left))
+    free = [left for left in found if not left.held]
+    if not free:
+        print(f"nothing to remove in {parsed.directory}")
+        return
+    if not parsed.yes and not _agreed(f"remove {len(free)} of these runs? [y/N] "):
+        print("nothing was removed")
+        return
+    for left in free:
+        print(f"{left.name}: {'removed' if remove_leftover(left) else 'taken up meanwhile, and left'}")
+
+
+def _described(left: Leftover) -> str:
+    begin = read_begin(left.records[0]) if left.records else None
+    what = "no durable point"
+    if begin is not None:
+        point = read_point(left.records[1:])
+        where = f"forward sweep at step {point.reached:,} of {begin.steps:,}"
+        where = f"adjoint at step {point.adjoint.start:,} of {begin.steps:,}" if point.adjoint else where
+        what = f"{begin.title}, {where}"
+    age = format_seconds(max(0.0, time.time() - left.modified))
+    held = ", a process is working on it" if left.held else ""
+    return f"{left.name}: {what}; {format_bytes(left.nbytes)}, last written {age} ago{held}"
+
+
+def _agreed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 # plan -------------------------------------------------------------------------------------------

@@ -77,10 +77,11 @@ MODELS = {"in place": InPlaceModel, "spanning": SpanningModel, "out of place": O
 class Log:
     """When each step was last run as new work, forward and back, shared by a process and those it forks."""
 
+    MOST_KILLS = 16
+
     def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self._memory = mmap.mmap(-1, 8 * (2 * steps + 2))
-        self._put(2 * steps, 0.0)
+        self._kills, self._oldest = 2 * steps, 2 * steps + self.MOST_KILLS
+        self._memory = mmap.mmap(-1, 8 * (self._oldest + 1))
 
     def _get(self, k: int) -> float:
         return struct.unpack_from("<d", self._memory, 8 * k)[0]
@@ -88,21 +89,25 @@ class Log:
     def _put(self, k: int, value: float) -> None:
         struct.pack_into("<d", self._memory, 8 * k, value)
 
+    def _killed(self) -> list[float]:
+        return [t for k in range(self.MOST_KILLS) if (t := self._get(self._kills + k))]
+
     def killed(self) -> None:
         """The process has just been killed."""
-        self._put(2 * self.steps, time.monotonic())
+        self._put(self._kills + len(self._killed()), time.monotonic())
 
     @property
     def oldest_repeated(self) -> float:
-        """How long before the last kill the oldest step had been run that was run again after it; seconds."""
-        return self._get(2 * self.steps + 1)
+        """Of all steps run again after a kill, how long before it the oldest had been run; seconds."""
+        return self._get(self._oldest)
 
     def ran(self, step: int, *, back: bool) -> None:
-        k, now, killed = 2 * step + back, time.monotonic(), self._get(2 * self.steps)
+        k = 2 * step + back
         before = self._get(k)
-        if before and killed and before < killed:
-            self._put(2 * self.steps + 1, max(self.oldest_repeated, killed - before))
-        self._put(k, now)
+        if before:
+            lost_by = min((t for t in self._killed() if t > before), default=before)
+            self._put(self._oldest, max(self.oldest_repeated, lost_by - before))
+        self._put(k, time.monotonic())
 
     def close(self) -> None:
         self._memory.close()

@@ -2,7 +2,6 @@
 
 import os
 import random
-import time
 
 import numpy as np
 import pytest

@@ -96,6 +96,11 @@ class Home:
         finally:
             os.close(fd)
 
+    def reopen(self) -> None:
+        """Take the lock again after `close`.  Raises as making one does."""
+        if self._fd < 0:
+            self._fd = _open_locked(self.journal_path, self.name)
+
     def clear(self) -> None:
         """Forget the run, and keep the lock: what comes is a new one.  Raises `StorageError`."""
         try:
@@ -239,7 +244,7 @@ def _leftover(directory: str, name: str) -> Leftover | None:
         sum(512 * s.st_blocks for s in stats),
         stats[0].st_mtime,
         held,
-        tuple(records[:1] + records[-1:]),
+        tuple(records[:1] + records[1:][-1:]),
     )
 
 

@@ -70,6 +70,7 @@ class CapturedSteps:
         self._carry, self._inputs, self._wants_x = carry, inputs, wants_x
         self._like = [(leaf.shape, leaf.dtype) for leaf in like]
         self._first = True
+        self._y_leaves: Leaves = []
         self.y: Structure | None = None
         """Of what steps return beside the carry; None before the first call."""
 
@@ -89,9 +90,9 @@ class CapturedSteps:
             raise CaptureFailed(disagreement)
         _checked.add(self._captured)
 
-    def spare_block(self) -> Block:
-        """Room for the residuals of one step, outside any budget."""
-        nbytes = self.block_nbytes(1)
+    def spare_block(self, steps: int = 1) -> Block:
+        """Room for the residuals of some steps, outside any budget."""
+        nbytes = self.block_nbytes(steps)
         room = np.empty(nbytes + 64, np.uint8)
         start = -room.ctypes.data % 64
         return self._tape.block(room[start : start + nbytes])
@@ -178,6 +179,30 @@ class CapturedSteps:
     def stride_nbytes(self) -> int:
         """Bytes each further step of a block takes."""
         return self._captured.stride_nbytes
+
+    def rehearse(self, carry: Leaves, xs: list[Leaves]) -> None:
+        """Run the first steps every way there is, to know what they close over, return and leave."""
+        block, start = self.spare_block(len(xs)), carry
+        for index, x in enumerate(xs):
+            carry, self._y_leaves, _ = self.record(index, carry, x, block, index)
+        self.advance(0, start, xs[0])
+
+    @property
+    def y_leaves(self) -> Leaves:
+        """What a rehearsed step returned beside the carry."""
+        return self._y_leaves
+
+    def marks(self) -> list[str]:
+        """Of the graphs that steps run so far took, in the order of their numbers; equal marks, equal residuals."""
+        return self._tape.marks()
+
+    def accumulated(self) -> list[torch.Tensor | None]:
+        """What `pull_back` has accumulated so far, in the order of the closed-over tensors."""
+        return self.gradients()
+
+    def put_accumulated(self, gradients: list[torch.Tensor | None]) -> None:
+        """Go on from these."""
+        self._tape.put_gradients(gradients)
 
     def closed_over(self) -> Leaves:
         """Every tensor requiring a gradient that steps run so far have used, beside carry and x."""

@@ -97,6 +97,7 @@ class EagerStep:
         self._stand_ins: dict[int, torch.Tensor] = {}
         self._known: set[int] = set()
         self._outside_edges: set[tuple[Any, int]] = set()
+        self._y_leaves: Leaves = []
 
     # Calling ---------------------------------------------------------------------------------
 
@@ -152,6 +153,27 @@ class EagerStep:
                 carry, y = self._call(index, carry, x)
             watched.end(carry, y)
         return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
+
+    def rehearse(self, carry: Leaves, xs: list[Leaves]) -> None:
+        """Run the first steps, to know what they close over and return."""
+        for index, x in enumerate(xs):
+            carry, self._y_leaves = self.advance(index, carry, x)
+
+    @property
+    def y_leaves(self) -> Leaves:
+        """What a rehearsed step returned beside the carry."""
+        return self._y_leaves
+
+    def accumulated(self) -> list[torch.Tensor | None]:
+        """What `pull_back` has accumulated so far, in the order of the closed-over tensors."""
+        return self.gradients()
+
+    def put_accumulated(self, gradients: list[torch.Tensor | None]) -> None:
+        """Go on from these."""
+        for tensor, gradient in zip(self._closed, gradients, strict=True):
+            if gradient is not None:
+                self._gradients[id(tensor)] = gradient
+                self._owned.add(id(tensor))
 
     def closed_over(self) -> Leaves:
         """Every tensor requiring a gradient that steps run so far have used, beside carry and x."""

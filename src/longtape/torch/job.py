@@ -47,6 +47,12 @@ class Randomness:
         others = [torch.get_device_module(device).get_rng_state(device) for device in self._others]
         return torch.cat([torch.get_rng_state(), *others])
 
+    def go_back(self, state: bytes) -> None:
+        """Random numbers are drawn, beginning with this state, with which an earlier process began."""
+        if len(state) == self.at_start.numel():
+            self.used = True
+            self.at_start = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
     def set(self, state: torch.Tensor) -> None:
         """Go back to a state."""
         size = torch.get_rng_state().numel()
@@ -198,6 +204,12 @@ class ScanJob:
     def turn(self) -> None:
         self._turned = True
 
+    def rehearse(self) -> None:
+        """Run the first steps, so that what they close over and return is known; nothing is kept of it."""
+        self.load_initial()
+        self.stepper.rehearse(self.carry, [self.inputs.leaves(k) for k in range(min(2, self.steps))])
+        self.load_initial()
+
     def begin_reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, closed: Leaves, wants_x: list[bool]) -> None:
         """Set the cotangents of the final carry and of the stacked outputs."""
         self._carry_bar, self._ys_bar = list(carry_bar), ys_bar
@@ -205,6 +217,33 @@ class ScanJob:
             torch.zeros_like(leaf) if wants else None for leaf, wants in zip(self.inputs.stacked, wants_x, strict=True)
         ]
         self.stepper.begin_reverse(closed)
+
+    # For a run that can be resumed -------------------------------------------------------------
+
+    def begin_at(self, step: int) -> None:
+        """The ys of the steps below this one are there."""
+        self._reached = step
+
+    def recorded(self) -> dict[int, tuple[int, ...]]:
+        """For each recorded window, the graph each of its steps took."""
+        return self._numbers
+
+    def put_recorded(self, window: int, numbers: tuple[int, ...]) -> None:
+        """A window that an earlier process has recorded."""
+        self._numbers[window] = self._patterns.setdefault(numbers, numbers)
+
+    def cotangents(self) -> tuple[list[Cotangent], Cotangents]:
+        """Of the carry as far as the adjoint has come, and of the ys."""
+        return self._carry_bar, self._ys_bar
+
+    def put_carry_bar(self, carry_bar: list[Cotangent]) -> None:
+        """Go on from these cotangents of the carry."""
+        self._carry_bar = carry_bar
+
+    @property
+    def xs_bar(self) -> Cotangents:
+        """Cotangents of the stacked xs so far."""
+        return self._xs_bar
 
     def reverse(self, start: int, stop: int) -> None:
         assert isinstance(self.stepper, EagerStep)

@@ -10,18 +10,22 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from longtape.compose import Run, Settings, Traits
+from longtape.durable.fingerprints import of_bytes, of_code
+from longtape.durable.home import Home
+from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
+from longtape.torch.durable import DurableScan, bytes_of
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
@@ -59,6 +63,9 @@ def scan(
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
     capture: bool | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    resume_seconds: float = DEFAULT_SECONDS,
+    name: str = "scan",
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -91,13 +98,22 @@ def scan(
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
             the report says why.
+        resume: Directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
+            power or an exception, the same call goes on where they were: a scan whose forward
+            sweep had ended returns at once, and backward, for the same cotangents, goes on below
+            what it had done.  The files are removed when backward has ended.  Without a gradient
+            nothing is made durable.
+        resume_seconds: Work that may be lost.
+        name: Finds the scan again among others in the directory.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
 
     Raises:
         UsageError: An argument that cannot be honoured, or a step that breaks the contract.
-        BudgetError: `memory` is less than one carry.
+        BudgetError: `memory` is less than one carry, or with `resume` two.
+        ResumeError: What is in `resume` under this name is of another scan, other parameters or
+            inputs included, or another process is working on it.
         StepError: The step changes or keeps what it must not, or returns something else than
             before.
         StateError: At a second derivative.
@@ -113,7 +129,21 @@ def scan(
     settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
     call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
     call.captures = steps >= CAPTURED_FROM if capture is None else capture
+    seconds = check_seconds(resume_seconds)
+    if resume is not None:
+        if tier is not None:
+            raise UsageError("a scan in a tier of your own cannot be resumed; leave out tier, or resume")
+        call.durable = _Where(resume, name, seconds)
     return call.run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """Where a scan is made durable, and how often."""
+
+    directory: str | os.PathLike[str]
+    name: str
+    seconds: float
 
 
 class _Call:
@@ -121,6 +151,7 @@ class _Call:
 
     captures = False
     """Whether to run captured graphs; turned off for good where the step cannot be captured."""
+    durable: _Where | None = None
 
     def __init__(
         self,
@@ -201,11 +232,25 @@ class _Call:
 
     def _forward(self) -> _Pending:
         """Run the forward sweep, through captured graphs if they can be had."""
+        home = None if self.durable is None else Home(self.durable.directory, self.durable.name)
+        try:
+            begun = None if home is None else found_begin(home)
+            if begun is not None:
+                self.captures = self.captures and begun.front.get("captures") is not False
+                if begun.front.get("random") is True:
+                    self._randomness.go_back(begun.extra)
+            return self._forward_in(home)
+        except BaseException:
+            if home is not None:
+                home.close()
+            raise
+
+    def _forward_in(self, home: Home | None) -> _Pending:
         for _ in range(MOST_RESTARTS):
             try:
                 job = self._new_job(capture=self.captures)
                 with self._around(job):
-                    return self._forward_of(job)
+                    return self._forward_of(job, home)
             except CaptureFailed as error:
                 self.captures = False
                 self._notes.append(f"the step is run as it is, because it could not be captured: {error}")
@@ -213,16 +258,19 @@ class _Call:
                 self._randomness.used = True
             except RoomExceeded:
                 pass  # a step took another path; the graphs now know how much room it needs
+            if home is not None:
+                home.reopen()
+                home.clear()
         self.captures = False
         self._notes.append("the step is run as it is, because it takes another path again and again")
         job = self._new_job()
         with self._around(job):
-            return self._forward_of(job)
+            return self._forward_of(job, home)
 
     def _around(self, job: ScanJob) -> AbstractContextManager[None]:
         return job.stepper.running() if isinstance(job.stepper, CapturedSteps) else nullcontext()
 
-    def _forward_of(self, job: ScanJob) -> _Pending:
+    def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
             costs = job.measure()
             self._check_capture(job)
@@ -245,13 +293,36 @@ class _Call:
                 initial_is_free=True,
                 notes=tuple(self._notes),
             )
-            run = Run(job, traits, self._settings, measure=lambda: costs)
+            settings = self._settings
+            if home is not None:
+                settings = replace(settings, resumable=self._resumable(job, home))
+            run = Run(job, traits, settings, measure=lambda: costs)
             pending = _Pending(run, job)
             with _closed_if_it_fails(run):
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
         return pending
+
+    def _resumable(self, job: ScanJob, home: Home) -> Resumable:
+        job.rehearse()
+        assert self.durable is not None
+        captures = isinstance(job.stepper, CapturedSteps)
+        fingerprint = {
+            "front end": "longtape.torch.scan",
+            "step": f"{getattr(self._step, '__module__', '')}.{getattr(self._step, '__qualname__', type(self._step))}",
+            "code of the step": of_code(self._step, getattr(type(self._step), "forward", None)),
+            "way of running the step": "captured" if captures else "as it is",
+            "number of steps": str(self.steps),
+            "structure of the carry": f"{self._carry.spec} {[(str(t.dtype), list(t.shape)) for t in self.init]}",
+            "initial carry": of_bytes(map(bytes_of, self.init)),
+            "xs": of_bytes(map(bytes_of, [*self.inputs.stacked, *self.inputs.leaves(0)])),
+            "set of parameters": of_bytes(map(bytes_of, job.stepper.closed_over())),
+            "version of PyTorch": torch.__version__,
+        }
+        front = {"captures": captures, "random": self._randomness.used}
+        start = self._randomness.at_start.numpy().tobytes()
+        return Resumable(home, DurableScan(job), fingerprint, front, start, self.durable.seconds)
 
     def _check_capture(self, job: ScanJob) -> None:
         """Hold the captured graphs against the step itself, on step 0."""
@@ -268,6 +339,10 @@ class _Call:
             # What was pulled back so far is dropped with its job, and the sweeps are run again.
             self.captures = False
             self._notes.append(f"the sweeps were run again without captured graphs: {error}")
+            if self.durable is not None:
+                home = Home(self.durable.directory, self.durable.name)
+                home.clear()
+                home.close()
             return self._reverse(carry_bar, ys_bar, wants)
         finally:
             self._randomness.set(after)

@@ -200,6 +200,33 @@ class Tape:
         """
         return [(a.tensor, a.total) for a in self._accumulators.values()]
 
+    def put_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Go on accumulating from these, in the order of `gradients`; they belong to the tape now."""
+        for accumulator, gradient in zip(self._accumulators.values(), gradients, strict=True):
+            accumulator.total = gradient
+
+    def marks(self) -> list[str]:
+        """For each number that `record` has given, what the residuals of such a step are, in words.
+
+        Steps with equal marks leave residuals that can stand for each other, also across processes.
+        """
+        known = {id(a.tensor): k for k, a in enumerate(self._accumulators.values())}
+
+        def mark(graph: StepGraph | None) -> str:
+            if graph is None:
+                return "none"
+            nodes = [
+                f"{n.op} {n.target} {n.args} {n.kwargs}" for n in [*graph.placeholders, *graph.forward, *graph.backward]
+            ]
+            laid_out = [f"{r.node} {r.offset} {r.nbytes} {r.size} {r.stride} {r.dtype}" for r in graph.residuals]
+            operands = [f"{o.role} {o.index}" for o in graph.operands]
+            return repr((nodes, laid_out, operands, graph.linkable, sorted(graph.stored_carry.items())))
+
+        return [
+            repr((mark(e.graph), mark(e.before), [(known.get(id(t)), tuple(t.shape), str(t.dtype)) for t in e.closed]))
+            for e in self._entries
+        ]
+
     def check_unmodified(self) -> None:
         """Raise if a closed-over tensor was changed in place since a step first used it; call before reversing."""
         for entry in self._entries:

@@ -1,0 +1,157 @@
+"""What of a scan is made durable beside its carry: ys, cotangents, gradients, and which graph each step took.
+
+Implements `longtape.protocols.Durable` for a `ScanJob`.  On the executor's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from xxhash import xxh3_64_intdigest
+
+from longtape.durable.fingerprints import of_bytes
+from longtape.errors import DamagedBlock, StorageError
+from longtape.protocols import Bytes
+from longtape.torch.captured import CapturedSteps
+from longtape.torch.job import ScanJob
+from longtape.torch.structure import Leaves
+from longtape.torch.tape import Cotangent
+
+_DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str)
+
+
+def bytes_of(tensor: torch.Tensor) -> Bytes:
+    """The elements of a tensor in row-major order; a view where they lie so, and in the CPU's memory."""
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    found: Bytes = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
+    return found
+
+
+def _tensor(data: Bytes, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the type, shape and device of another from its bytes, which it keeps."""
+    if data.nbytes != like.numel() * like.element_size():
+        raise DamagedBlock(
+            f"a tensor of {data.nbytes} bytes was made durable where one of shape {list(like.shape)} is due"
+        )
+    if not data.nbytes:
+        return like.new_empty(like.shape)
+    own = np.array(data)  # aligned, and written to later
+    return torch.from_numpy(own).view(like.dtype).reshape(like.shape).to(like.device)
+
+
+class DurableScan:
+    """The `Durable` of a scan job whose first steps were rehearsed."""
+
+    def __init__(self, job: ScanJob) -> None:
+        self._job = job
+
+    # Forward ---------------------------------------------------------------------------------
+
+    def rows(self, start: int, stop: int) -> list[Bytes]:
+        """How many tensors are closed over, the ys of the steps, and the graphs of the windows recorded in them."""
+        job = self._job
+        closed = np.array([len(job.stepper.closed_over())], "<i8").view(np.uint8)
+        ys = [bytes_of(stack[start:stop]) for stack in job.outputs.leaves or []]
+        return [closed, *ys, *self._graphs(start, stop)]
+
+    def put_rows(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        job = self._job
+        outputs, like = job.outputs, job.stepper.y_leaves
+        if len(arrays) != 1 + len(like) + 2:
+            raise DamagedBlock("the ys that were made durable are of another number")
+        if arrays[0].view("<i8").tolist() != [len(job.stepper.closed_over())]:
+            raise DamagedBlock("later steps close over other tensors than the first ones")
+        if outputs.leaves is None and like:
+            outputs.leaves = [leaf.new_empty((job.steps, *leaf.shape)) for leaf in like]
+        with torch.no_grad():
+            for stack, data in zip(outputs.leaves or [], arrays[1:-2], strict=True):
+                stack[start:stop] = _tensor(data, stack[start:stop])
+        self._put_graphs(*arrays[-2:])
+        job.begin_at(stop)
+
+    def _graphs(self, start: int, stop: int) -> list[Bytes]:
+        """For each window, its start, its number of steps and their numbers; and the marks of these numbers."""
+        steps = self._job.stepper
+        if not isinstance(steps, CapturedSteps):
+            return [np.empty(0, np.uint8)] * 2
+        table: list[int] = []
+        for window, numbers in self._job.recorded().items():
+            if start <= window < stop:
+                table += [window, len(numbers), *numbers]
+        marks = np.array([xxh3_64_intdigest(mark.encode()) for mark in steps.marks()], "<u8")
+        return [np.array(table, "<i8").view(np.uint8), marks.view(np.uint8)]
+
+    def _put_graphs(self, table: Bytes, marks: Bytes) -> None:
+        steps = self._job.stepper
+        if not isinstance(steps, CapturedSteps):
+            return
+        ours = {xxh3_64_intdigest(mark.encode()): number for number, mark in enumerate(steps.marks())}
+        translated = [ours.get(mark) for mark in marks.view("<u8").tolist()]
+        values, position = table.view("<i8").tolist(), 0
+        while position < len(values):
+            window, count = values[position : position + 2]
+            numbers = [translated[number] for number in values[position + 2 : position + 2 + count]]
+            if None in numbers:
+                raise DamagedBlock("the step is captured otherwise than by the process that began")
+            self._job.put_recorded(window, tuple(numbers))
+            position += 2 + count
+
+    # Reverse ---------------------------------------------------------------------------------
+
+    def seed(self) -> str | None:
+        """Of the cotangents that the reverse sweep begins with."""
+        carry, ys = self._job.cotangents()
+        given = [None if bar is None else bar for bar in [*carry, *ys]]
+        if any(isinstance(bar, torch.Tensor) and bar.layout is not torch.strided for bar in given):
+            return None
+        there = np.array([bar is not None for bar in given], np.uint8)
+        return of_bytes([there, *(bytes_of(bar) for bar in given if isinstance(bar, torch.Tensor))])
+
+    def adjoint(self) -> list[Bytes]:
+        """Cotangents of the carry, part by part where they are yet to be added, and gradients so far."""
+        carry, _ = self._job.cotangents()
+        gradients = self._job.stepper.accumulated()
+        arrays, counts = [], []
+        for bar in [*carry, *gradients]:
+            parts = bar if isinstance(bar, tuple) else () if bar is None else (bar,)
+            counts.append(len(parts))
+            for part in parts:
+                if part.layout is not torch.strided:
+                    raise StorageError("sparse gradients cannot be made durable; only the forward sweep can be resumed")
+                shape = [_DTYPES.index(part.dtype), *part.shape]
+                arrays += [np.array(shape, "<i8").view(np.uint8), bytes_of(part)]
+        return [np.array(counts, "<i8").view(np.uint8), *arrays]
+
+    def put_adjoint(self, arrays: list[Bytes]) -> None:
+        rest = iter(arrays)
+        counts = next(rest).view("<i8").tolist()
+        found: list[Cotangent] = [self._parts(rest, count) for count in counts]
+        size = len(self._job.init)
+        if len(found) != size + len(self._job.stepper.accumulated()):
+            raise DamagedBlock("the gradients that were made durable are of another number")
+        self._job.put_carry_bar(found[:size])
+        gradients: list[Any] = found[size:]
+        self._job.stepper.put_accumulated(gradients)
+
+    def _parts(self, rest: Any, count: int) -> Cotangent:
+        parts = []
+        for _ in range(count):
+            dtype, *shape = next(rest).view("<i8").tolist()
+            device = self._job.init[0].device if self._job.init else None
+            parts.append(_tensor(next(rest), torch.empty(shape, dtype=_DTYPES[dtype], device=device)))
+        return None if not parts else parts[0] if len(parts) == 1 else tuple(parts)
+
+    def bars(self, start: int, stop: int) -> list[Bytes]:
+        """Rows of the cotangents of stacked xs."""
+        return [bytes_of(stack[start:stop]) for stack in self._stacks()]
+
+    def put_bars(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        for stack, data in zip(self._stacks(), arrays, strict=True):
+            stack[start:stop] = _tensor(data, stack[start:stop])
+
+    def _stacks(self) -> Leaves:
+        bars: Sequence[torch.Tensor | None] = self._job.xs_bar
+        return [stack for stack in bars if stack is not None]
