@@ -155,14 +155,21 @@ def test_another_process_holds_it(tmp_path):
 
 def test_a_child_does_not_hold_the_lock(tmp_path):
     run = resume(tmp_path)
+    (here, child_end), (child_in, there) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        os.read(os.pipe()[0], 1)
+        os.close(there)
+        os.write(child_end, b"x")
+        os.read(child_in, 1)
         os._exit(0)
-    run.close()
-    resume(tmp_path).close()
-    os.kill(child, 9)
-    os.waitpid(child, 0)
+    try:
+        os.read(here, 1)
+        run.close()
+        resume(tmp_path).close()
+    finally:
+        for fd in (here, child_end, child_in, there):
+            os.close(fd)
+        os.waitpid(child, 0)
 
 
 def test_another_loss_begins_the_reverse_sweep_anew(tmp_path):

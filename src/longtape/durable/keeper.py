@@ -279,10 +279,14 @@ class Keeper:
         if point.turned:
             final = Key(Kind.RESTART, point.reached)
             try:
+                if final not in self._own:
+                    raise DamagedBlock("it is not in the file")
                 self._aside_wait(lambda: self.tier.read(final, self._slot.data))
                 self._final = final
             except OSError as error:
                 self._fault(f"the final state cannot be read back, and is computed again: {error}")
+                self._drop(key for key in [final] if key in self._own)
+                self._forget_adjoint(point)
                 stock.reached = max(self.snapshots, default=0)
         self.resumed_from = f"step {stock.reached:,} of the forward sweep" if self._final is None else "the turn"
 
@@ -342,8 +346,15 @@ class Keeper:
         if self._seed is None:
             self.notes.append("only the forward sweep can be resumed, for the model has no adjoint arrays to keep")
             return
-        if point.adjoint is None or self.resumed_from is None or self._final is None:
+        if point.adjoint is None:
             return
+        found: list[tuple[Stretch, list[Bytes]]] = []
+
+        def read() -> None:
+            for stretch in [point.adjoint, *point.bars]:
+                if stretch is not None:
+                    found.append((stretch, self._parts(self.tier, stretch)))
+
         if point.seed != self._seed:
             self._fault(
                 "the adjoint at the end is another one than that of the run that is resumed, so its reverse sweep "
@@ -351,24 +362,25 @@ class Keeper:
             )
         else:
             try:
-                self._aside_wait(lambda: self._put_adjoint(point))
+                self._aside_wait(read)
             except OSError as error:
                 self._fault(f"the adjoint cannot be read back, so the reverse sweep begins anew: {error}")
             else:
+                # From here on nothing may fail but loudly: the adjoint of the end is overwritten.
+                self._source.put_adjoint(found[0][1])
+                for stretch, parts in found[1:]:
+                    self._source.put_bars(stretch.start, stretch.stop, parts)
                 self._stock.adjoint = self._adjoint_at = self._bars_from = point.adjoint.start
                 self.resumed_from = f"the adjoint of step {point.adjoint.start:,}"
                 return
-        for stretch in [point.adjoint, *point.bars]:
-            self._drop(stretch.names())
-        point.adjoint, point.bars, point.seed = None, [], None
+        self._forget_adjoint(point)
 
-    def _put_adjoint(self, point: Point) -> None:
-        assert point.adjoint is not None
-        arrays = self._parts(self.tier, point.adjoint)
-        bars = [(stretch, self._parts(self.tier, stretch)) for stretch in point.bars]
-        self._source.put_adjoint(arrays)
-        for stretch, parts in bars:
-            self._source.put_bars(stretch.start, stretch.stop, parts)
+    def _forget_adjoint(self, point: Point) -> None:
+        """The reverse sweep begins at the end."""
+        for stretch in [point.adjoint, *point.bars]:
+            if stretch is not None:
+                self._drop(key for key in stretch.names() if key in self._own)
+        point.adjoint, point.bars, point.seed = None, [], None
 
     # Making a point --------------------------------------------------------------------------
 
