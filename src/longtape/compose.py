@@ -10,25 +10,27 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
-from longtape.actions import Kind
+from longtape.actions import Key, Kind
 from longtape.engine.executor import Executor
-from longtape.engine.mover import Budget, Mover
+from longtape.engine.mover import Budget, Mover, Traffic
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
 from longtape.errors import BudgetError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
 from longtape.measure import JobCosts, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
+from longtape.plan.binomial import advances
 from longtape.plan.choose import Choice, choose
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.protocols import Job, Observer, Tier
-from longtape.report import Quantities, Report
+from longtape.report import Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.pool import SlotPool
@@ -45,6 +47,12 @@ With fewer, storing would hardly be possible beside it.
 
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
+
+REPLAY_SECONDS = 5e-6
+"""About what a step takes in the event model."""
+
+REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.01, 0.05
+"""A report replays its run in the event model for this share of the run's time, or these seconds."""
 
 STAGED = 4
 """Two items being written, one being stored, and one to spare."""
@@ -65,6 +73,8 @@ class Traits:
     """For a job that reverses several steps at once: bytes each further taped step holds meanwhile."""
     max_window: int = 1
     initial_is_free: bool = False
+    reverse_is_assumed: bool = False
+    """The time of an adjoint step is a guess, and the first that is measured takes its place."""
     working_slots: int = 0
     """Slots the job works in beside those of the budget; given to its `adopt` before the sweep."""
     notes: tuple[str, ...] = ()
@@ -119,9 +129,14 @@ class Run:
         self._touch = inf
         self._process = os.getpid()
         self._early_faults: tuple[str, ...] = ()
+        self._report: Report | None = None
         self._tier: Tier | None = None
         self._workers: Workers | None = None
         memory = parse_bytes(settings.memory)
+        if not settings.stuck_seconds > 0:
+            raise UsageError(
+                f"stuck_seconds={settings.stuck_seconds} gives storage no time to answer; give seconds above 0"
+            )
         if traits.steps is not None and traits.steps < 1:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
         if memory < traits.state_nbytes:
@@ -273,7 +288,8 @@ class Run:
         stock = Stock(choice.slots, choice.blocks, steps=self._traits.steps, clock=self._clock)
         if costs.forward > 0:
             stock.forward.add(costs.forward)
-        stock.reverse.add(costs.reverse)
+        if not self._traits.reverse_is_assumed:
+            stock.reverse.add(costs.reverse)
         if self._tier is not None:
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
@@ -290,7 +306,7 @@ class Run:
         self._budget = Budget(self.memory_nbytes)
         if not choice.blocks:
             self._budget.reserve((choice.window - 1) * self._traits.tape_nbytes)
-        self._trace = Trace(self._clock(), self._held)
+        self._trace = Trace(self._clock(), self._held, self._spacing if self._paces_itself() else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
             stock=stock,
@@ -321,6 +337,15 @@ class Run:
 
     def _held(self) -> tuple[int, int]:
         return self._budget.in_use, self._mover.stored_nbytes
+
+    def _paces_itself(self) -> bool:
+        """Whether the plan stores as often as storage allows, and so follows the measured times."""
+        choice = self.choice
+        return choice.schedule == "asynchronous" and choice.stall_spacing is None
+
+    def _spacing(self) -> float:
+        stock = self._stock
+        return stock.write.value / stock.forward.value if stock.forward.value > 0 else 0.0
 
     def _warn_once(self, message: str) -> None:
         if len(self._mover.faults) == 1:
@@ -401,42 +426,120 @@ class Run:
         """
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
+        if self._report is None:
+            self._report = self._make_report()
+        return self._report
+
+    def _make_report(self) -> Report:
         trace, mover, choice = self._trace, self._mover, self.choice
-        waited = trace.seconds("wait")
+        steps = self._stock.steps or 0
         tier: Any = self._tier
+        written, fetched = _total(mover.written.values()), _total(mover.fetched.values())
+        measured = Quantities(
+            seconds=self.forward_seconds + self.reverse_seconds,
+            peak_memory_bytes=self._budget.peak,
+            peak_disk_bytes=mover.peak_stored_nbytes,
+            bytes_written=written.nbytes,
+            bytes_read=fetched.nbytes,
+            steps_recomputed=trace.steps_replayed,
+            stall_seconds=trace.seconds("wait"),
+        )
         return Report(
             title=self._traits.title,
-            steps=self._stock.steps or 0,
+            steps=steps,
             schedule=choice.schedule,
             window=choice.window,
             slots=choice.slots,
             memory_budget_bytes=self.memory_nbytes,
             predicted=self.predicted,
-            measured=Quantities(
-                seconds=self.forward_seconds + self.reverse_seconds,
-                peak_memory_bytes=self._budget.peak,
-                peak_disk_bytes=mover.peak_stored_nbytes,
-                bytes_written=mover.written.nbytes,
-                bytes_read=mover.fetched.nbytes,
-                steps_recomputed=trace.steps_replayed,
-                stall_seconds=waited,
-            ),
+            measured=measured,
             prepare_seconds=self.prepare_seconds,
             forward_seconds=self.forward_seconds,
             reverse_seconds=self.reverse_seconds,
             forward_stall_seconds=self._forward_stall,
             steps_taped_again=trace.steps_retaped,
             steps_recorded=trace.steps_recorded,
-            writes=mover.written.count,
-            reads=mover.fetched.count,
-            write_seconds=mover.written.seconds,
-            read_seconds=mover.fetched.seconds,
+            writes=written.count,
+            reads=fetched.count,
+            write_seconds=written.seconds,
+            read_seconds=fetched.seconds,
             overlap_fraction=trace.overlap_fraction(),
             direct_io=getattr(tier, "direct", None),
             faults=(*self._early_faults, *mover.faults),
-            failed_transfers=mover.written.failures + mover.fetched.failures,
+            failed_transfers=written.failures + fetched.failures,
             repeated_reads=mover.repeated_reads,
             notes=(*self._traits.notes, *self._tier_notes()),
+            simulated=self._simulated(measured),
+            revolve_steps_recomputed=max(0, advances(steps + 1, self._slots_for_revolve(steps)) - steps),
+            transfers=tuple(
+                Transfers(kind.value, direction, moved.count, moved.nbytes, moved.seconds, moved.failures)
+                for direction, by_kind in (("write", mover.written), ("read", mover.fetched))
+                for kind, moved in by_kind.items()
+                if moved.count or moved.failures
+            ),
+            stalls=tuple(
+                Stall(*cause, wait.count, wait.seconds, wait.longest, wait.longest_at)
+                for cause, wait in sorted(trace.waits.items(), key=lambda found: -found[1].seconds)
+            ),
+            replans=tuple(Replan(*change) for change in trace.replans),
+            replan_count=trace.replan_count,
+            states_verified=getattr(self._job, "states_verified", None),
+        )
+
+    def _slots_for_revolve(self, steps: int) -> int:
+        return max(1, min(steps + 1, self.memory_nbytes // self._item_nbytes(self._traits.state_nbytes)))
+
+    def _simulated(self, measured: Quantities) -> Quantities | None:
+        """The plan replayed with the mean times of this run, unless that would take long beside it."""
+        trace, steps = self._trace, self._stock.steps or 0
+        if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
+            return None
+        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
+        outcome = simulate(
+            steps,
+            self.choice.slots,
+            self._seen_speeds(steps),
+            layout=self._layout(),
+            blocks=self.choice.blocks,
+            known=self._traits.steps is not None,
+        )
+        # The model counts items, and which of them are blocks is known only of the run.
+        mean_written = measured.bytes_written / max(1, sum(moved.count for moved in self._mover.written.values()))
+        mean_read = measured.bytes_read / max(1, sum(moved.count for moved in self._mover.fetched.values()))
+        tapes = 0 if self.choice.blocks else (self.choice.window - 1) * self._traits.tape_nbytes
+        return Quantities(
+            seconds=outcome.seconds,
+            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + tapes,
+            peak_disk_bytes=measured.peak_disk_bytes if self.choice.blocks else outcome.peak_stored * state,
+            bytes_written=round(outcome.writes * mean_written),
+            bytes_read=round(outcome.reads * mean_read),
+            steps_recomputed=max(0, outcome.advances - (steps - min(steps, trace.steps_recorded))),
+            stall_seconds=outcome.stall_seconds,
+        )
+
+    def _seen_speeds(self, steps: int) -> Speeds:
+        """Mean seconds of this run; where something did not happen, what was expected of it."""
+        trace, costs, mover = self._trace, self.costs, self._mover
+        run = trace.steps_forward + trace.steps_replayed + (trace.steps_retaped if self.choice.blocks else 0)
+        forward = (trace.seconds("forward") + trace.seconds("replay")) / max(1, run)
+        reverse = trace.seconds("reverse") / steps
+
+        def mean(by_kind: dict[Kind, Traffic], otherwise: Callable[[int], float]) -> Callable[[Key], float]:
+            sizes = {Kind.SNAPSHOT: self._item_nbytes(self._traits.state_nbytes)}
+            sizes[Kind.RESIDUALS] = self._block_nbytes(self.choice)
+            found = {
+                kind: moved.seconds / moved.count if moved.count else otherwise(sizes[kind])
+                for kind, moved in by_kind.items()
+            }
+            return lambda key: found[key.kind]
+
+        return Speeds(
+            forward=forward,
+            reverse=reverse,
+            write=mean(mover.written, costs.write_seconds),
+            read=mean(mover.fetched, costs.read_seconds),
+            record=forward if self.choice.blocks else None,
+            pull_back=reverse if self.choice.blocks else None,
         )
 
     def _tier_notes(self) -> tuple[str, ...]:
@@ -456,6 +559,16 @@ class Run:
             steps_recomputed=max(0, prediction.advances - steps),
             stall_seconds=prediction.stall_seconds,
         )
+
+
+def _total(traffic: Iterable[Traffic]) -> Traffic:
+    total = Traffic()
+    for moved in traffic:
+        total.count += moved.count
+        total.nbytes += moved.nbytes
+        total.seconds += moved.seconds
+        total.failures += moved.failures
+    return total
 
 
 def _warn(message: str) -> None:

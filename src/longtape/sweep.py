@@ -23,6 +23,7 @@ from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
+from longtape.witness import Witness
 
 Array = npt.NDArray[Any]
 
@@ -40,6 +41,8 @@ class Model(Protocol):
     A model may also have:
 
     * ``max_reverse`` (int): most steps one `reverse` call may take; 1 if absent;
+    * ``reverse_seconds`` (float): about how long `reverse` takes a step, for the plan; if
+      absent, twice as long as a forward step, until the first adjoints have been timed;
     * ``adjoint`` (sequence of arrays): what `reverse` updates, accumulated gradients
       included.  It is checked to be arrays, and otherwise left alone: it is where a
       half-finished reverse sweep would be made durable;
@@ -125,7 +128,7 @@ class _InPlaceJob:
         for row, step in zip(rows, range(start, stop - 1), strict=False):
             for kept, array in zip(row, model.state, strict=True):
                 np.copyto(kept, array)
-            model.advance(step, step + 1)
+            self.advance(step, step + 1)
         model.reverse(stop - 1, stop)
         for step in range(stop - 2, start - 1, -1):
             for array, kept in zip(model.state, rows[step - start], strict=True):
@@ -160,6 +163,10 @@ class _InPlaceJob:
 
     def pull_back(self, start: int, stop: int, slot: Slot) -> None:
         raise NotImplementedError
+
+    def live(self) -> Sequence[Array]:
+        """The arrays of the working state."""
+        return self._model.state  # type: ignore[no-any-return]
 
 
 class _OutOfPlaceJob(_InPlaceJob):
@@ -217,10 +224,69 @@ class _OutOfPlaceJob(_InPlaceJob):
         self._own[0] = slot
         return given
 
+    def live(self) -> Sequence[Array]:
+        return self._fields.views(self._current)
+
     def turn(self) -> None:
         for array, kept in zip(self._model.state, self._fields.views(self._current), strict=True):
             if array is not kept:
                 np.copyto(array, kept, casting="no")
+
+
+class _Verified(_InPlaceJob):
+    """Compares states with what they were the first time, bit for bit."""
+
+    def __init__(self, model: Any, fields: _Fields) -> None:
+        super().__init__(model, fields)
+        self._witness: Witness | None = None
+        self._loaded = True
+
+    def begin(self) -> None:
+        """From now on steps count: those before were run to time them."""
+        self._witness = Witness("state[{}]".format)
+
+    @property
+    def states_verified(self) -> int:
+        """States that came out the same when they were computed again or fetched."""
+        return 0 if self._witness is None else self._witness.compared
+
+    def _see(self, state: int, *, kept: bool = False) -> None:
+        if self._witness is not None:
+            leaves = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in self.live()]
+            self._witness.see(state, leaves, kept=kept)
+
+    def _see_loaded(self, start: int) -> None:
+        if self._loaded and self._witness is not None:
+            self._loaded = False
+            self._see(start, kept=True)
+
+    def load(self, slot: Slot) -> None:
+        super().load(slot)
+        self._loaded = True
+
+    def advance(self, start: int, stop: int) -> int:
+        self._see_loaded(start)
+        for step in range(start, stop):
+            super().advance(step, step + 1)
+            self._see(step + 1)
+        return stop
+
+    def reverse(self, start: int, stop: int) -> None:
+        self._see_loaded(start)
+        super().reverse(start, stop)
+
+
+class _VerifiedOutOfPlaceJob(_Verified, _OutOfPlaceJob):
+    """The same for a model that runs out of place."""
+
+
+_JOBS = {
+    (False, False): _InPlaceJob,
+    (True, False): _OutOfPlaceJob,
+    (False, True): _Verified,
+    (True, True): _VerifiedOutOfPlaceJob,
+}
+"""By whether the model runs out of place, and whether states are verified."""
 
 
 class Sweep:
@@ -236,6 +302,11 @@ class Sweep:
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file.
         costs: Times to plan with; measured on the model when None.
+        verify: Compare every state that is computed again, or fetched, with what it was the
+            first time, bit for bit.  Takes a hash a step, and 8 bytes an array and step
+            beside `memory`.  States inside one `reverse` call are not seen.
+        stuck_seconds: Wait no longer than this for storage; what it does not deliver is
+            recomputed.
 
     Raises:
         BudgetError: `memory` cannot hold one state.
@@ -261,15 +332,19 @@ class Sweep:
         observers: Iterable[Observer] = (),
         tier: Tier | None = None,
         costs: Costs | None = None,
+        verify: bool = False,
+        stuck_seconds: float = 30.0,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UsageError(f"steps must be an integer of at least 1, not {steps!r}")
         self._model = model
         fields = _checked_fields(model)
         out_of_place = hasattr(model, "advance_into") and hasattr(model, "reverse_from")
-        self._job = _OutOfPlaceJob(model, fields) if out_of_place else _InPlaceJob(model, fields)
+        self._job = _JOBS[out_of_place, verify](model, fields)
         self._steps, self._nbytes = steps, fields.nbytes
-        measured = None if costs is not None else self._measure()
+        estimate = _checked_seconds(model)
+        measured = None if costs is not None else self._measure(estimate)
+        assumed = measured is not None and estimate is None
         span = 1 if out_of_place else getattr(model, "max_reverse", 1)
         if not isinstance(span, int) or span < 1:
             raise UsageError(f"model.max_reverse must be an integer of at least 1, not {span!r}")
@@ -281,23 +356,32 @@ class Sweep:
             working_slots=2 if out_of_place else 0,
             max_window=MOST_ROWS if by_rows else span,
             tape_nbytes=fields.nbytes if by_rows else 0,
-            notes=() if measured is None else ("predicted as if an adjoint step took twice a forward step",),
+            reverse_is_assumed=assumed,
+            notes=("predicted as if an adjoint step took twice a forward step",) if assumed else (),
         )
         settings = Settings(
-            memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs
+            memory,
+            disk=disk,
+            disk_limit=disk_limit,
+            observers=tuple(observers),
+            tier=tier,
+            costs=costs,
+            stuck_seconds=stuck_seconds,
         )
         self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
         if by_rows:
             self._job.keep_rows(self._run.choice.window - 1)
+        if isinstance(self._job, _Verified):
+            self._job.begin()
 
     def _steps_are_tiny(self, measured: JobCosts | None) -> bool:
         """Whether deciding step by step would cost more than the steps: then whole windows are reversed at once."""
         return measured is not None and self._steps >= 10_000 and measured.forward < TINY_SECONDS
 
-    def _measure(self) -> JobCosts:
+    def _measure(self, reverse: float | None) -> JobCosts:
         """Time a few first steps, and put state 0 back."""
         initial = self._job.initial()
-        return _time_steps(self._job, initial, self._steps)
+        return _time_steps(self._job, initial, self._steps, reverse)
 
     @property
     def plan(self) -> Choice:
@@ -349,6 +433,16 @@ def _checked_fields(model: Any) -> _Fields:
     return _Fields(arrays)
 
 
+def _checked_seconds(model: Any) -> float | None:
+    """What the model says an adjoint step takes."""
+    seconds = getattr(model, "reverse_seconds", None)
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < float("inf"):
+        raise UsageError(f"model.reverse_seconds must be the seconds that the adjoint of a step takes, not {seconds!r}")
+    return float(seconds)
+
+
 def _check_arrays(name: str, arrays: Sequence[Any]) -> None:
     for index, array in enumerate(arrays):
         if not isinstance(array, np.ndarray) or array.dtype.hasobject:
@@ -356,7 +450,7 @@ def _check_arrays(name: str, arrays: Sequence[Any]) -> None:
             raise UsageError(f"model.{name}[{index}] must be a NumPy array of plain numbers, not {kind}")
 
 
-def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int) -> JobCosts:
+def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int, reverse: float | None) -> JobCosts:
     clock = time.perf_counter
 
     def run(count: int) -> float:
@@ -379,4 +473,4 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int) -> JobCosts:
         forward = min(seconds, run(count), run(count)) / count
     finally:
         restore()
-    return JobCosts(forward=forward, reverse=2.0 * forward, busy=busy, restore=restore)
+    return JobCosts(forward=forward, reverse=2.0 * forward if reverse is None else reverse, busy=busy, restore=restore)

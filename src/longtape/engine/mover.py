@@ -24,7 +24,7 @@ from longtape.protocols import Observer, Pool, Slot, Tier
 
 @dataclass(slots=True)
 class Traffic:
-    """What one direction has moved."""
+    """What one direction has moved of one kind of item."""
 
     count: int = 0
     nbytes: int = 0
@@ -67,8 +67,8 @@ class Mover:
     stuck_seconds: float
     observers: list[Observer]
     held: dict[Key, Slot] = field(default_factory=dict)
-    written: Traffic = field(default_factory=Traffic)
-    fetched: Traffic = field(default_factory=Traffic)
+    written: dict[Kind, Traffic] = field(default_factory=lambda: {kind: Traffic() for kind in Kind})
+    fetched: dict[Kind, Traffic] = field(default_factory=lambda: {kind: Traffic() for kind in Kind})
     stored_nbytes: int = 0
     """Bytes of storage in use now, writes under way included."""
     peak_stored_nbytes: int = 0
@@ -138,7 +138,7 @@ class Mover:
                 raise StorageError("storage has stopped answering")
             self.tier.reserve(key, slot.data.nbytes)
         except OSError as error:
-            self.written.failures += 1
+            self.written[key.kind].failures += 1
             self._fault(f"{key} could not be stored: {error}")
             self.stock.end_write(key, ok=False)
             return
@@ -152,7 +152,7 @@ class Mover:
         self.stock.begin_read(key)
         self.held[key] = slot
         if self._abandoned:
-            self.fetched.failures += 1
+            self.fetched[key.kind].failures += 1
             self._fault(f"{key} could not be read back: storage has stopped answering")
             self._settle_read(key, ok=False)
         else:
@@ -190,7 +190,7 @@ class Mover:
         del self._under_way[key]
         ok = transfer.error is None
         again = not ok and self._is_worth_repeating(transfer)
-        traffic = self.written if transfer.is_write else self.fetched
+        traffic = (self.written if transfer.is_write else self.fetched)[key.kind]
         traffic.seconds += transfer.seconds
         if ok:
             traffic.count += 1
@@ -246,11 +246,11 @@ class Mover:
                 continue
             self._abandoned.add(transfer)
             if transfer.is_write:
-                self.written.failures += 1
+                self.written[key.kind].failures += 1
                 if self.stock.end_write(key, ok=False):
                     self._vacate(key)
             elif self.stock.end_read(key, ok=False):
-                self.fetched.failures += 1
+                self.fetched[key.kind].failures += 1
                 del self.held[key]
                 self.stock.shelf(key.kind).capacity -= 1
 

@@ -86,7 +86,7 @@ class ForwardSweep:
             return
         if self._course.layout.fixed_spacing:
             while self._course.stock.snapshots.available() <= 0 and self._course.stock.writes:
-                yield Await()
+                yield Await(room=Kind.SNAPSHOT)
         yield from self._try_store(window)
 
     def _try_store(self, window: int) -> Actions:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum, auto
 
 from longtape.actions import Key, Kind
@@ -234,9 +234,3 @@ class Stock:
         shelf = self.shelf(key.kind)
         shelf.stored.discard(key.step)
         shelf.clean.discard(key.step)
-
-    def items(self) -> Iterator[Key]:
-        """Every item in memory."""
-        for shelf in (self.snapshots, self.residuals):
-            for step in shelf.memory:
-                yield Key(shelf.kind, step)

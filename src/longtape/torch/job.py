@@ -17,7 +17,7 @@ import torch
 from longtape.errors import StepError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
-from longtape.protocols import Slot
+from longtape.protocols import Bytes, Slot
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
@@ -25,6 +25,7 @@ from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
+from longtape.witness import Witness
 
 UNKNOWN_NBYTES = 1 << 60
 """Of a taped step that cannot be examined: so many that no two steps are taped together."""
@@ -182,6 +183,7 @@ class ScanJob:
             raise
 
     def _put(self, index: int, y: Leaves) -> None:
+        """A step has run: the working carry is state `index` + 1."""
         if index >= self._reached:
             if y:
                 self.outputs.put(index, y)
@@ -213,7 +215,7 @@ class ScanJob:
         index = start
         try:
             for index in range(start, stop):
-                carry, tape = self.stepper.tape(index, carry, self.inputs.leaves(index))
+                carry, tape = self._tape(index, carry)
                 tapes.append(tape)
         except Exception as error:
             _name_step(error, index)
@@ -225,6 +227,10 @@ class ScanJob:
             carry_bar, x_bar = self.stepper.pull_back(tape, carry_bar, y_bar)
             self._keep_x_bar(tape.step, x_bar)
         self._carry_bar = list(carry_bar)
+
+    def _tape(self, index: int, carry: Leaves) -> tuple[Leaves, Tape]:
+        assert isinstance(self.stepper, EagerStep)
+        return self.stepper.tape(index, carry, self.inputs.leaves(index))
 
     def _y_bar(self, step: int, count: int) -> Cotangents:
         return [None if bar is None else bar[step] for bar in self._ys_bar] if self._ys_bar else [None] * count
@@ -368,6 +374,71 @@ class ScanJob:
             saved.pop(tensor.untyped_storage().data_ptr(), None)
         self.tape_nbytes = sum(saved.values())
         return tape
+
+
+class VerifiedScanJob(ScanJob):
+    """A scan whose states are compared with what they were the first time, bit for bit."""
+
+    def __init__(
+        self,
+        stepper: EagerStep | CapturedSteps,
+        init: Leaves,
+        inputs: Inputs,
+        steps: int,
+        randomness: Randomness,
+        *,
+        names: Sequence[str],
+    ) -> None:
+        self._witness = Witness(names.__getitem__)
+        self._loaded = True
+        super().__init__(stepper, init, inputs, steps, randomness)
+
+    @property
+    def states_verified(self) -> int:
+        """States that came out the same when they were computed again or fetched."""
+        return self._witness.compared
+
+    def _see(self, state: int, carry: Leaves, *, kept: bool = False) -> None:
+        self._witness.see(state, [_as_bytes(leaf) for leaf in carry], kept=kept)
+
+    def _put(self, index: int, y: Leaves) -> None:
+        self._see(index + 1, self.carry)
+        super()._put(index, y)
+
+    def _tape(self, index: int, carry: Leaves) -> tuple[Leaves, Tape]:
+        carry, tape = super()._tape(index, carry)
+        self._see(index + 1, carry)
+        return carry, tape
+
+    def load(self, slot: Slot) -> None:
+        super().load(slot)
+        self._loaded = True
+
+    def load_initial(self) -> None:
+        super().load_initial()
+        self._loaded = True
+
+    def _see_loaded(self, start: int) -> None:
+        if self._loaded:
+            self._loaded = False
+            self._see(start, self.carry, kept=True)
+
+    def advance(self, start: int, stop: int) -> int:
+        self._see_loaded(start)
+        return super().advance(start, stop)
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        self._see_loaded(start)
+        return super().record(start, stop, slot)
+
+    def reverse(self, start: int, stop: int) -> None:
+        self._see_loaded(start)
+        super().reverse(start, stop)
+
+
+def _as_bytes(leaf: torch.Tensor) -> Bytes:
+    plain = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy()
 
 
 def _name_step(error: Exception, index: int) -> None:

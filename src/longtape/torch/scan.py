@@ -25,8 +25,8 @@ from longtape.torch.captured import CapturedSteps
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
-from longtape.torch.job import Randomness, RandomnessAppeared, ScanJob, disagreement
-from longtape.torch.structure import Leaves, Structure, flatten
+from longtape.torch.job import Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.structure import Leaves, Structure, flatten, paths
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -59,6 +59,8 @@ def scan(
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
     capture: bool | None = None,
+    verify: bool = False,
+    stuck_seconds: float = 30.0,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -91,6 +93,9 @@ def scan(
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
             the report says why.
+        verify: Compare every state that is computed again, or fetched, with what it was the first
+            time, bit for bit.  Takes a hash a step, and 8 bytes a leaf and step beside `memory`.
+        stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
@@ -100,6 +105,7 @@ def scan(
         BudgetError: `memory` is less than one carry.
         StepError: The step changes or keeps what it must not, or returns something else than
             before.
+        ReplayError: A step gave something else when it was run again, and `verify` is set.
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
@@ -110,8 +116,11 @@ def scan(
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
     if steps < 1:
         raise UsageError(f"a scan needs at least one step, not {steps}")
-    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
+    settings = Settings(
+        memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, stuck_seconds=stuck_seconds
+    )
     call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
+    call.names = paths(init, "carry") if verify else None
     call.captures = steps >= CAPTURED_FROM if capture is None else capture
     return call.run()
 
@@ -121,6 +130,9 @@ class _Call:
 
     captures = False
     """Whether to run captured graphs; turned off for good where the step cannot be captured."""
+
+    names: Sequence[str] | None = None
+    """What the leaves of the carry are called, where states are to be verified."""
 
     def __init__(
         self,
@@ -165,7 +177,8 @@ class _Call:
             stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants)
         else:
             stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
-        job = ScanJob(stepper, self.init, self.inputs, self.steps, self._randomness)
+        given = (stepper, self.init, self.inputs, self.steps, self._randomness)
+        job = ScanJob(*given) if self.names is None else VerifiedScanJob(*given, names=self.names)
         job.layout()
         return job
 
