@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,23 @@ def test_tiny_steps_in_windows_are_verified_too(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_snapshot_that_storage_changes_unseen_is_found() -> None:
-    costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=1e5, read_bytes_per_second=1e5)
-    tier = DamagingTier(MemoryTier(), lambda call: call.index >= 3, how="flip")
+    costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=4e6, read_bytes_per_second=4e6)
+    tier = DamagingTier(MemoryTier(), lambda call: True, how="truncate")
+
+    class Slow(Chaotic):
+        def advance(self, start, stop):
+            time.sleep(1e-4 * (stop - start))
+            super().advance(start, stop)
+
     with pytest.raises(ReplayError, match="snapshot of state"):
-        run(Chaotic(), 200, memory=5 * STATE, tier=tier, costs=costs, verify=True)
+        run(Slow(500), 200, memory=5 * 4096, tier=tier, costs=costs, verify=True)
     assert tier.damaged
 
 
 def test_a_kept_state_that_a_step_writes_to_is_found() -> None:
     class Careless(OutOfPlace):
+        armed = False
+
         def advance_into(self, step, source, target):
             super().advance_into(step, source, target)
             if self.armed and step == 12:
