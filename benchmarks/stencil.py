@@ -85,6 +85,7 @@ class AllenCahn:
     """
 
     max_reverse = 1
+    reverse_seconds: float | None = None
 
     def __init__(self, side: int = SIDE, *, dt: float = DT) -> None:
         self.dt = np.float32(dt)

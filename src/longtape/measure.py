@@ -51,6 +51,7 @@ def measure_tier(
     *,
     busy: Callable[[], None] | None = None,
     stuck_seconds: float = 30.0,
+    repeats: int = _REPEATS,
 ) -> TierSpeed:
     """Write and read back items of the given sizes, under the job's own load where `busy` provides it.
 
@@ -60,6 +61,7 @@ def measure_tier(
         sizes: One or two item sizes in bytes; with two, latency and bandwidth are told apart.
         busy: Called over and over while a transfer is in progress.
         stuck_seconds: After so long without an answer the tier counts as failed.
+        repeats: How often each item is written, and read; the median counts.
 
     Raises:
         StorageError: The tier failed; nothing is kept of the attempt.
@@ -69,7 +71,7 @@ def measure_tier(
     began = perf_counter()
     slot.data[:] = 0
     touch = slot.data.nbytes / max(perf_counter() - began, 1e-9)
-    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy, stuck_seconds) for nbytes in sizes]
+    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy, stuck_seconds, repeats) for nbytes in sizes]
     pool.give(slot)
     del slot
     pool.close()
@@ -79,10 +81,10 @@ def measure_tier(
 
 
 def _time_both(
-    tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None, stuck_seconds: float
+    tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None, stuck_seconds: float, repeats: int
 ) -> tuple[float, float]:
     def median_time(*, is_write: bool) -> float:
-        transfers = [Transfer(_PROBE, slot, is_write=is_write) for _ in range(_REPEATS)]
+        transfers = [Transfer(_PROBE, slot, is_write=is_write) for _ in range(repeats)]
         return median(_time(workers, transfer, busy, stuck_seconds) for transfer in transfers)
 
     tier.reserve(_PROBE, slot.data.nbytes)
