@@ -18,7 +18,7 @@ from longtape.errors import StepError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Bytes, Slot
-from longtape.torch.blocks import RoomExceeded
+from longtape.torch.blocks import Block, RoomExceeded
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
 from longtape.torch.graphs import CaptureFailed
@@ -113,6 +113,8 @@ class ScanJob:
         self._ys_bar: Cotangents = []
         self._xs_bar: Cotangents = []
         self._measured: JobCosts | None = None
+        self._spare: Block | None = None
+        """Room for the residuals of a single step, where a captured step is reversed at once."""
         self.tape_nbytes = 0
         self.load_initial()
 
@@ -209,7 +211,9 @@ class ScanJob:
         self.stepper.begin_reverse(closed)
 
     def reverse(self, start: int, stop: int) -> None:
-        assert isinstance(self.stepper, EagerStep)
+        if isinstance(self.stepper, CapturedSteps):
+            self._reverse_captured(self.stepper, start, stop)
+            return
         tapes = []
         carry = self.carry
         index = start
@@ -257,15 +261,30 @@ class ScanJob:
         steps = self.stepper
         assert isinstance(steps, CapturedSteps)
         block, numbers = steps.block(slot), self._numbers.pop(start)
-        count = len(self._ys_bar)
-        none_of_x: Any = [None] * len(self.inputs.structure.contract(self.inputs.structure.present))
         for index in range(stop - 1, start - 1, -1):
-            number = numbers[index - start]
-            x = self.inputs.leaves(index) if steps.needs_x(number) else none_of_x
-            y_bar = self._y_bar(index, count)
-            self._carry_bar, x_bar = steps.pull_back(number, block, index - start, x, self._carry_bar, y_bar)
-            if self._xs_bar:
-                self._keep_x_bar(index, totals(x_bar))
+            self._pull_back_step(steps, index, numbers[index - start], block, index - start)
+
+    def _pull_back_step(self, steps: CapturedSteps, index: int, number: int, block: Block, position: int) -> None:
+        structure = self.inputs.structure
+        none_of_x: Any = [None] * len(structure.contract(structure.present))
+        x = self.inputs.leaves(index) if steps.needs_x(number) else none_of_x
+        y_bar = self._y_bar(index, len(self._ys_bar))
+        self._carry_bar, x_bar = steps.pull_back(number, block, position, x, self._carry_bar, y_bar)
+        if self._xs_bar:
+            self._keep_x_bar(index, totals(x_bar))
+
+    def _reverse_captured(self, steps: CapturedSteps, start: int, stop: int) -> None:
+        """The adjoint of one step, whose tape is its own working set and in no slot."""
+        assert stop == start + 1
+        if self._spare is None:
+            self._spare = steps.spare_block()
+        try:
+            self.carry, y, number = steps.record(start, self.carry, self.inputs.leaves(start), self._spare, 0)
+            self._put(start, y)
+        except Exception as error:
+            _name_step(error, start)
+            raise
+        self._pull_back_step(steps, start, number, self._spare, 0)
 
     def _keep_x_bar(self, step: int, x_bar: Cotangents) -> None:
         for stack, bar in zip(self._xs_bar, x_bar, strict=False):
