@@ -52,6 +52,7 @@ bench: $(BENCH_STAMP)
 	for what in lstm stencil executor planning; do $(BIN)/python -m benchmarks.overhead $$what || exit; done
 	$(BIN)/python -m benchmarks.stencil
 	$(BIN)/python -m benchmarks.baselines
+	for what in prediction noise observing; do $(BIN)/python -m benchmarks.$$what || exit; done
 	$(BIN)/python -m benchmarks.timeline
 	$(BIN)/python -m benchmarks.figures
 

@@ -56,6 +56,37 @@ def measured() -> str:
     return "\n".join(lines)
 
 
+def observed() -> str:
+    """Predictions, noise and the cost of watching, as far as they were measured."""
+    lines: list[str] = []
+    if (prediction := _found("prediction")) is not None:
+        lines += ["| predicted against measured, medians | time | memory |", "|---|---|---|"]
+        lines += [
+            f"| {case} | {found['time_error']:+.1%} | {found['memory_error']:+.1%} |"
+            for case, found in prediction["results"].items()
+        ]
+        lines.append("")
+    if (noise := _found("noise")) is not None:
+        lines += ["| noisy disk, time over that without noise | real run | event model |", "|---|---|---|"]
+        lines += [
+            f"| {case} | {found['measured']:.3f} | {found['simulated']:.3f} |"
+            for case, found in noise["results"].items()
+        ]
+        lines.append("")
+    if (observing := _found("observing")) is not None:
+        found = observing["results"]
+        lines += [
+            f"Progress, trace and report take {found['inside_the_observers']['share']:.2%} of the LSTM's time "
+            f"(runs with and without them, in pairs: {found['with_over_without']['median'] - 1:+.1%}).",
+            "",
+        ]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _found(name: str) -> dict[str, Any] | None:
+    return load(name) if (common.RESULTS / f"{name}.json").exists() else None
+
+
 def fill(text: str, name: str, content: str) -> str:
     """Replace one spot."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)"
@@ -64,6 +95,7 @@ def fill(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     text = fill(README.read_text(encoding="utf-8"), "measured", measured())
+    text = fill(text, "observed", observed())
     README.write_text(text, encoding="utf-8")
 
 
