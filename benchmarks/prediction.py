@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import common
 
-LSTM_STEPS, LSTM_STATES = 3_000, (24, 64, 512)
+LSTM_STEPS, LSTM_STATES = 6_000, (24, 64, 512)
 """States of 128 KiB."""
 STENCIL_STEPS, STENCIL_STATES = 150, (4, 8, 16)
 """States of 64 MiB."""

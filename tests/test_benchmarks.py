@@ -109,3 +109,21 @@ def test_the_lstm_peers_agree() -> None:
     expected = norm(baselines.lstm_store_all(30))
     assert norm(baselines.lstm_segments(30)) == pytest.approx(expected, rel=1e-5)
     assert norm(baselines.lstm_revolve(30, 4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_noisy_run_is_set_beside_its_model(scratch: Path) -> None:
+    from benchmarks import noise
+
+    found = noise.one("r=2 s=8 lognormal", 150, 0, str(scratch))
+    assert found["schedule"] == "asynchronous"
+    assert found["forward_stall_seconds"] == 0
+    assert 0.7 < found["measured_over_simulated"] < 3.0  # a loaded machine is slower than the model
+
+
+def test_the_draws_of_noise_have_mean_one() -> None:
+    from itertools import islice
+
+    from benchmarks import noise
+
+    for draw in (noise.lognormal, noise.pareto):
+        assert np.mean(list(islice(noise.draws(draw, 1.0, 3), 200_000))) == pytest.approx(1.0, rel=0.1)

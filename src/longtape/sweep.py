@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
+from statistics import median
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -470,7 +471,7 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int, reverse: flo
         run(1)  # the first call may compile
         while (seconds := run(count)) < 2e-3 and count * 4 <= steps:
             count *= 4
-        forward = min(seconds, run(count), run(count)) / count
+        forward = median([seconds, run(count), run(count)]) / count
     finally:
         restore()
     return JobCosts(forward=forward, reverse=2.0 * forward if reverse is None else reverse, busy=busy, restore=restore)

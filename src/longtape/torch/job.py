@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -325,7 +326,7 @@ class ScanJob:
         def busy() -> None:
             forward()
 
-        seconds = _least(forward)
+        seconds = _typical(forward)
         if isinstance(self.stepper, CapturedSteps):
             costs = self._time_recording(self.stepper, seconds)
         else:
@@ -351,11 +352,10 @@ class ScanJob:
             pull_back.append(clock() - ready)
             return clock() - began
 
-        _least(once)
+        _typical(once)
         steps.forget()
-        return JobCosts(
-            forward=forward, reverse=min(record) + min(pull_back), record=min(record), pull_back=min(pull_back)
-        )
+        taped, pulled = median(record), median(pull_back)
+        return JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled)
 
     def _time_taping(self, step: EagerStep) -> float:
         """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
@@ -370,7 +370,7 @@ class ScanJob:
             step.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
             return clock() - began
 
-        return _least(once)
+        return _typical(once)
 
     def _tape_first(self, step: EagerStep, x: Leaves) -> Tape:
         saved: dict[int, int] = {}
@@ -465,12 +465,12 @@ def _name_step(error: Exception, index: int) -> None:
         error.add_note(f"longtape: in step {index} of the scan")
 
 
-def _least(timed: Callable[[], float]) -> float:
-    """The least of a few timings: at least three, and more where they are short."""
+def _typical(timed: Callable[[], float]) -> float:
+    """The median of a few timings: at least three, and more where they are short."""
     seconds = [timed() for _ in range(3)]
     while sum(seconds) < 0.02 and len(seconds) < 50:
         seconds.append(timed())
-    return min(seconds)
+    return median(seconds)
 
 
 def disagreement(captured: ScanJob, eager: ScanJob) -> str | None:
