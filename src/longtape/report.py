@@ -66,6 +66,12 @@ class Report:
     """How many transfers failed, repeated ones included; `faults` tells of the first of them."""
     repeated_reads: int = 0
     """Reads that failed and were tried once more.  An item whose read fails twice is recomputed."""
+    codec: str | None = None
+    """What items were compressed with on their way to storage; None: not."""
+    compression_ratio: float | None = None
+    """Bytes of the items written over bytes that were stored of them."""
+    lossy_bound: float | None = None
+    """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -99,6 +105,14 @@ class Report:
             lines.append(
                 f"storage was busy for {busy} ({self.writes:,} writes, {self.reads:,} reads, {io}); "
                 f"{self.overlap_fraction:.1%} of it while compute went on"
+            )
+        if self.codec is not None:
+            times = "nothing was written" if self.compression_ratio is None else f"{self.compression_ratio:.2f} to 1"
+            lines.append(f"compressed with {self.codec}: {times}")
+        if self.lossy_bound is not None:
+            lines.append(
+                f"LOSSY: floating-point numbers came back from storage with relative errors of up to "
+                f"{self.lossy_bound:g}; the gradient is not exact, and not the same bit for bit from run to run"
             )
         lines += [f"fault: {fault}" for fault in self.faults[:10]]
         if len(self.faults) > 10:

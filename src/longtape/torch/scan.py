@@ -20,6 +20,7 @@ from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
@@ -59,6 +60,7 @@ def scan(
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
     capture: bool | None = None,
+    compress: str | None = None,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -90,7 +92,11 @@ def scan(
         capture: Turn the step into explicit forward and backward graphs, so that residuals can be
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
-            the report says why.
+            the report says why; so is, for None, one whose graphs give other bits than itself.
+        compress: Codec for what goes to storage, used where it is predicted to pay: ``"lz4"``, ``"zstd"``,
+            ``"bitshuffle+lz4"`` or ``"bitshuffle+zstd"``.  ``"relative:1e-4+bitshuffle+zstd"`` is lossy:
+            it first rounds floating-point numbers, each by at most that share of its size, and
+            gradients are no longer exact.  Integers, flags and random states are never rounded.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
@@ -110,9 +116,12 @@ def scan(
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
     if steps < 1:
         raise UsageError(f"a scan needs at least one step, not {steps}")
-    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
+    settings = Settings(
+        memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, compress=compress
+    )
     call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
     call.captures = steps >= CAPTURED_FROM if capture is None else capture
+    call.exactly = capture is None
     return call.run()
 
 
@@ -121,6 +130,9 @@ class _Call:
 
     captures = False
     """Whether to run captured graphs; turned off for good where the step cannot be captured."""
+
+    exactly = True
+    """Whether captured graphs must give the very bits that the step itself gives on step 0."""
 
     def __init__(
         self,
@@ -234,6 +246,8 @@ class _Call:
                 least = layout.nbytes + job.stepper.block_nbytes(1) + 4096
                 if least > parse_bytes(self._settings.memory):
                     raise CaptureFailed(f"a carry and the residuals of one step take {format_bytes(least)} of memory")
+            if self._settings.compress is not None and parse_codec(self._settings.compress).bound is not None:
+                job.round_blocks()
             traits = Traits(
                 title="scan",
                 steps=self.steps,
@@ -244,6 +258,7 @@ class _Call:
                 max_window=1 if records else min(self.steps, 256),
                 initial_is_free=True,
                 notes=tuple(self._notes),
+                floats=job.floats,
             )
             run = Run(job, traits, self._settings, measure=lambda: costs)
             pending = _Pending(run, job)
@@ -257,7 +272,11 @@ class _Call:
         """Hold the captured graphs against the step itself, on step 0."""
         if isinstance(job.stepper, CapturedSteps) and not job.stepper.checked:
             self._randomness.note()
-            job.stepper.settle(disagreement(job, self._new_job()))
+            job.stepper.settle(*disagreement(job, self._new_job()))
+        if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
+            if self.exactly:
+                raise CaptureFailed(f"{job.stepper.rounding} in the last bits; capture=True accepts that")
+            self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
 
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
