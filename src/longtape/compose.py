@@ -178,8 +178,9 @@ class Run:
                     job.restore()
         through = speed.through(costs)
         found = self._packed_choice(through, speed.stored_fraction)
-        if found is None or (stated is None and not self._gains(found)):
-            self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would not pay: {_seen(speed)}",)
+        if found is None or not found.uses_disk or (stated is None and not self._gains(found)):
+            why = f" ({_seen(speed)})" if stated is None else ""
+            self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would save no time{why}",)
             return
         self.costs, self.choice = through, found
         self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
@@ -191,7 +192,7 @@ class Run:
 
     def _gains(self, found: Choice) -> bool:
         before, after = self.choice.prediction.time_seconds, found.prediction.time_seconds
-        return found.uses_disk and after < (1.0 - LEAST_CODEC_GAIN) * before
+        return after < (1.0 - LEAST_CODEC_GAIN) * before
 
     def _packed_choice(self, costs: Costs, fraction: float) -> Choice | None:
         """The best plan if items pass the codec, whose own buffers count; None where they leave no room."""
@@ -549,7 +550,7 @@ class Run:
             peak_disk_bytes=prediction.peak_disk_bytes,
             bytes_written=prediction.bytes_written,
             bytes_read=prediction.bytes_read,
-            steps_recomputed=max(0, prediction.advances - steps),
+            steps_recomputed=max(0, prediction.advances - round((1.0 - self.choice.record_fraction) * steps)),
             stall_seconds=prediction.stall_seconds,
         )
 

@@ -121,6 +121,7 @@ class ScanJob:
         self._xs_bar: Cotangents = []
         self._measured: JobCosts | None = None
         self._rounded: StepGraph | None = None
+        self._spare: Slot | None = None
         self.tape_nbytes = 0
         self.load_initial()
 
@@ -216,7 +217,12 @@ class ScanJob:
         self.stepper.begin_reverse(closed)
 
     def reverse(self, start: int, stop: int) -> None:
-        assert isinstance(self.stepper, EagerStep)
+        if isinstance(self.stepper, CapturedSteps):
+            # A plan without room for blocks takes one step at a time, whose residuals are its working set.
+            self._spare = self._spare or Slot(self.stepper.spare(1)[0])
+            self.record(start, stop, self._spare)
+            self.pull_back(start, stop, self._spare)
+            return
         tapes = []
         carry = self.carry
         index = start
