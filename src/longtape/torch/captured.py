@@ -31,15 +31,15 @@ _checked: WeakKeyDictionary[CapturedStep, str | None] = WeakKeyDictionary()
 """Steps whose graphs were held against the step itself, and in what they differ by rounding."""
 
 
-def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves) -> CapturedStep:
+def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves, compiled: bool) -> CapturedStep:
     """The graphs of this step for leaves of these shapes, from an earlier call where there was one."""
     owner = getattr(step, "__func__", step)
     like = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-    key = (getattr(owner, "__code__", type(step)), carry.spec, carry.present, x.spec, x.present, like)
+    key = (getattr(owner, "__code__", type(step)), carry.spec, carry.present, x.spec, x.present, like, compiled)
     if key in _kept:
         _kept.move_to_end(key)
     else:
-        _kept[key] = CapturedStep(carry.spec, x.spec)
+        _kept[key] = CapturedStep(carry.spec, x.spec, compiled=compiled)
         if len(_kept) > _MOST_KEPT:
             _kept.popitem(last=False)
     return _kept[key]
@@ -54,16 +54,24 @@ class CapturedSteps:
         carry: Structure of the carry.
         like: Leaves of one carry.
         wants_x: Which leaves of x need a cotangent.
+        compiled: Hand the graphs to PyTorch's compiler.
 
     Raises:
         CaptureFailed: The step was found impossible to capture before.
     """
 
     def __init__(
-        self, step: Callable[..., Any], inputs: Inputs, carry: Structure, like: Leaves, wants_x: list[bool]
+        self,
+        step: Callable[..., Any],
+        inputs: Inputs,
+        carry: Structure,
+        like: Leaves,
+        wants_x: list[bool],
+        *,
+        compiled: bool = False,
     ) -> None:
         x = inputs.leaves(0)
-        self._captured = _captured(step, carry, inputs.structure, [*like, *x])
+        self._captured = _captured(step, carry, inputs.structure, [*like, *x], compiled)
         if self._captured.failure is not None:
             raise CaptureFailed(self._captured.failure)
         self._step = step

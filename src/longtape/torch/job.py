@@ -317,6 +317,8 @@ class ScanJob:
         def busy() -> None:
             forward()
 
+        if isinstance(self.stepper, EagerStep):
+            self._check_repeatable(self.stepper)
         seconds = _least(forward)
         if isinstance(self.stepper, CapturedSteps):
             costs = self._time_recording(self.stepper, seconds)
@@ -324,6 +326,31 @@ class ScanJob:
             costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
         self.load_initial()
         return replace(costs, busy=busy, restore=self.load_initial, sample=self._sample)
+
+    def _check_repeatable(self, step: EagerStep) -> None:
+        """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
+
+        Rounding may differ, as it does in parallel sums.
+
+        Raises:
+            StepError: The results differ.
+        """
+
+        def results() -> Leaves:
+            self.load_initial()
+            carry, y = step.advance(0, self.carry, self.inputs.leaves(0))
+            return [leaf.clone() for leaf in [*carry, *y]]
+
+        first = results()
+        if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
+            first = results()
+        for a, b in zip(first, results(), strict=True):
+            if not _same_bits(a, b) and not _agree(a, b):
+                raise StepError(
+                    "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
+                    "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
+                    "depends on something that changes from call to call; pass such things in xs or in the carry"
+                )
 
     def _sample(self) -> tuple[Kind, Bytes]:
         """An item of the job's own data: the residuals of some first steps, or a state a few steps on."""

@@ -61,6 +61,7 @@ def scan(
     on_report: Callable[[Run], None] | None = None,
     capture: bool | None = None,
     compress: str | None = None,
+    compile: bool = False,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -98,6 +99,10 @@ def scan(
             it first rounds floating-point numbers, each by at most that share of its size, and
             gradients are no longer exact.  Integers, flags and random states are never rounded.
 
+        compile: Hand the captured graphs to PyTorch's compiler, which fuses operators: quicker where they are
+            small, after a minute or so of compiling.  Needs a C++ compiler, and implies ``capture=True``;
+            results differ from the step's own in the last bits.
+
     Returns:
         The final carry, and the ys stacked along a new first dimension.
 
@@ -114,14 +119,19 @@ def scan(
     for position, leaf in enumerate(init_leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if compile and capture is False:
+        raise UsageError(
+            "compile=True hands captured graphs to the compiler, but capture=False makes none; leave one out"
+        )
     if steps < 1:
         raise UsageError(f"a scan needs at least one step, not {steps}")
     settings = Settings(
         memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, compress=compress
     )
     call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
-    call.captures = steps >= CAPTURED_FROM if capture is None else capture
-    call.exactly = capture is None
+    call.captures = steps >= CAPTURED_FROM if capture is None and not compile else capture is not False
+    call.exactly = capture is None and not compile
+    call.compiles = compile
     return call.run()
 
 
@@ -133,6 +143,9 @@ class _Call:
 
     exactly = True
     """Whether captured graphs must give the very bits that the step itself gives on step 0."""
+
+    compiles = False
+    """Whether graphs go through PyTorch's compiler."""
 
     def __init__(
         self,
@@ -174,7 +187,7 @@ class _Call:
         wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
         stepper: EagerStep | CapturedSteps
         if capture:
-            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants)
+            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles)
         else:
             stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
         job = ScanJob(stepper, self.init, self.inputs, self.steps, self._randomness)
