@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import tempfile
 import time
 from itertools import pairwise
@@ -139,6 +140,12 @@ def _grown(run: Any) -> dict[str, Any]:
     }
 
 
+def growth_cases(lengths: tuple[int, int], disk: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Both ways at both lengths, with a MiB of memory."""
+    ways = {"Sweep": sweep_growth, "scan": scan_growth}
+    return {f"{name} N={n}": (way, (n, MIB, disk)) for name, way in ways.items() for n in lengths}
+
+
 def per_step(results: dict[str, dict[str, Any]], lengths: tuple[int, int]) -> dict[str, float]:
     """Bytes a step by which memory grows from the shorter to the longer run, for each way."""
     short, long = lengths
@@ -147,6 +154,13 @@ def per_step(results: dict[str, dict[str, Any]], lengths: tuple[int, int]) -> di
         grown = [results[f"{way} N={steps}"]["rss_growth_bytes"] for steps in lengths]
         found[way] = (grown[1] - grown[0]) / (long - short)
     return found
+
+
+def print_growth(short: int, long: int, disk: str) -> None:
+    """`per_step` as JSON, all in this process, for the tests."""
+    cases = growth_cases((short, long), disk)
+    results = {name: function(*arguments) for name, (function, arguments) in cases.items()}
+    print(json.dumps(per_step(results, (short, long))))
 
 
 # Together ----------------------------------------------------------------------------------------
@@ -166,9 +180,7 @@ def cases_of(part: str, disk: str, quick: bool) -> dict[str, tuple[Any, tuple[An
     if part == "stencil":
         return {f"N={n}": (stencil, (n, 16, disk, COSTLY)) for n in ((20,) if quick else (100, 400))}
     if part == "growth":
-        lengths = GROWTH_QUICK if quick else GROWTH
-        ways = {"Sweep": sweep_growth, "scan": scan_growth}
-        return {f"{name} N={n}": (way, (n, MIB, disk)) for name, way in ways.items() for n in lengths}
+        return growth_cases(GROWTH_QUICK if quick else GROWTH, disk)
     n, needed = (400 if quick else 8_000), common.apart(needs, 256)["bytes_per_second"]
     memory = (8 if quick else 16) * MIB
     if part == "compression":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -109,3 +112,15 @@ def test_the_lstm_peers_agree() -> None:
     expected = norm(baselines.lstm_store_all(30))
     assert norm(baselines.lstm_segments(30)) == pytest.approx(expected, rel=1e-5)
     assert norm(baselines.lstm_revolve(30, 4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_grows_by_less_than_64_bytes_a_step(tmp_path: Path) -> None:
+    """The resident size of a fresh process, at two lengths: nothing is kept a step but what the budget counts."""
+    pytest.importorskip("torch")
+    program = "import sys; from benchmarks import residuals; residuals.print_growth(4_000, 20_000, sys.argv[1])"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    slack = 512 * 1024 / 16_000  # pages, and the trace before it is full
+    for way, grown in json.loads(done.stdout).items():
+        assert grown < 64 + slack, f"{way} keeps {grown:.0f} bytes a step"
