@@ -153,8 +153,8 @@ def _compiled(inputs: list[fx.Node], nodes: list[fx.Node], outputs: list[fx.Node
     values = [node.meta["val"] for node in inputs]
     mode = detect_fake_mode(values)
     try:
-        # Random numbers are to be those that the step itself draws.
-        with config.patch(fallback_random=True), tracing(TracingContext(mode)), torch.no_grad():
+        # Random numbers are to be those that the step itself draws; a pool of compiling processes would stay.
+        with config.patch(fallback_random=True, compile_threads=1), tracing(TracingContext(mode)), torch.no_grad():
             run: Any = compile_fx(module, values)
     except Exception as error:
         raise CaptureFailed(
