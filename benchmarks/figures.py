@@ -87,6 +87,32 @@ def _found(name: str) -> dict[str, Any] | None:
     return load(name) if (common.RESULTS / f"{name}.json").exists() else None
 
 
+RESIDUALS = {
+    "residuals_lstm": "LSTM, 256 units, batch 64, residuals on disk",
+    "residuals_wide": "LSTM, 1,024 units, batch 64, residuals on disk",
+    "residuals_stencil": "256³ stencil, a step of 8 kernels, memory for 16 states",
+    "residuals_throttled": "LSTM, 256 units, 8,000 steps, 16 MiB, storage slowed to a share of what residuals need",
+    "residuals_compression": "the same, with a codec",
+}
+"""Parts of `benchmarks.residuals`, as far as they were measured."""
+
+
+def residuals() -> str:
+    """What storage that carries residuals, or a share of them, makes of the time."""
+    lines: list[str] = []
+    for name, heading in RESIDUALS.items():
+        if (common.RESULTS / f"{name}.json").exists():
+            lines += [*ratios(name, heading), ""]
+    if (common.RESULTS / "residuals_growth.json").exists():
+        grown = load("residuals_growth")["settings"]["summary"]["bytes_per_step"]
+        lines.append(
+            "Memory beyond the budget, from 10,000 to 1,000,000 steps of 512 bytes: "
+            + ", ".join(f"{max(0.0, value):.1f} bytes a step in a {way}" for way, value in grown.items())
+            + "."
+        )
+    return "\n".join(lines).strip()
+
+
 def fill(text: str, name: str, content: str) -> str:
     """Replace one spot."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)"
@@ -96,6 +122,7 @@ def fill(text: str, name: str, content: str) -> str:
 def main() -> None:
     text = fill(README.read_text(encoding="utf-8"), "measured", measured())
     text = fill(text, "observed", observed())
+    text = fill(text, "residuals", residuals())
     README.write_text(text, encoding="utf-8")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,3 +130,15 @@ def test_the_draws_of_noise_have_mean_one() -> None:
 
     for draw in (noise.lognormal, noise.pareto):
         assert np.mean(list(islice(noise.draws(draw, 1.0, 3), 200_000))) == pytest.approx(1.0, rel=0.1)
+
+
+def test_memory_grows_by_less_than_64_bytes_a_step(tmp_path: Path) -> None:
+    """The resident size of a fresh process, at two lengths: nothing is kept a step but what the budget counts."""
+    pytest.importorskip("torch")
+    program = "import sys; from benchmarks import residuals; residuals.print_growth(4_000, 20_000, sys.argv[1])"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    slack = 512 * 1024 / 16_000  # pages, and the trace before it is full
+    for way, grown in json.loads(done.stdout).items():
+        assert grown < 64 + slack, f"{way} keeps {grown:.0f} bytes a step"

@@ -22,7 +22,7 @@ from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
 from longtape.errors import BudgetError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
-from longtape.measure import JobCosts, measure_tier
+from longtape.measure import CodecSpeed, JobCosts, measure_codec, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.binomial import advances
 from longtape.plan.choose import Choice, choose
@@ -32,6 +32,8 @@ from longtape.plan.stock import Stock
 from longtape.protocols import Job, Observer, Tier
 from longtape.report import Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.codecs import parse_codec
+from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.pool import SlotPool
 
@@ -44,6 +46,12 @@ LEAST_TO_PIN = 3
 
 With fewer, storing would hardly be possible beside it.
 """
+
+CODEC_ITEMS = 3
+"""Items' worth of memory that a codec's buffers may take: two to make an item smaller, one to bring one back."""
+
+LEAST_CODEC_GAIN = 0.01
+"""Share of the time that a codec must be predicted to save before it is used."""
 
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
@@ -78,6 +86,8 @@ class Traits:
     working_slots: int = 0
     """Slots the job works in beside those of the budget; given to its `adopt` before the sweep."""
     notes: tuple[str, ...] = ()
+    floats: FloatsOf | None = None
+    """Where items hold floating-point numbers that a lossy codec may round; None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,8 @@ class Settings:
     """A tier to use in place of a scratch file in `disk`."""
     costs: Costs | None = None
     """Times to plan with; measured on the job when None."""
+    compress: str | None = None
+    """Codec for what goes to storage, used where it is predicted to pay; None: none."""
     stuck_seconds: float = 30.0
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
 
@@ -130,6 +142,10 @@ class Run:
         self._process = os.getpid()
         self._early_faults: tuple[str, ...] = ()
         self._report: Report | None = None
+        self._codec = None if settings.compress is None else parse_codec(settings.compress)
+        self._compressed: CompressedTier | None = None
+        self._codec_nbytes = 0
+        self._codec_notes: tuple[str, ...] = ()
         self._tier: Tier | None = None
         self._workers: Workers | None = None
         memory = parse_bytes(settings.memory)
@@ -148,9 +164,7 @@ class Run:
         try:
             self._tier = self._open_tier()
             self._workers = None if self._tier is None else Workers(self._tier, self._clock)
-            costs = settings.costs or self._measure(measure)
-            self.choice = self._expected(self._fitted(choose(self._problem(), costs)))
-            self.costs = costs
+            self._choose(measure)
             self._assemble()
         except BaseException:
             self._release_storage(self._settings.stuck_seconds)
@@ -158,6 +172,84 @@ class Run:
         self.prepare_seconds = self._clock() - began
 
     # Putting it together -----------------------------------------------------------------------
+
+    def _choose(self, measure: Callable[[], JobCosts] | None) -> None:
+        """Measure, and choose a plan; the codec is used where the plan gains by it."""
+        stated = self._settings.costs
+        job = JobCosts() if stated is not None or measure is None else measure()
+        costs = stated or self._measure(job)
+        self.costs, self.choice = (
+            costs,
+            self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes)),
+        )
+        if self._codec is None or self._tier is None:
+            return
+        speed = CodecSpeed(1.0, inf, inf, 1.0)  # stated costs are those of items, codec included
+        if stated is None and job.sample is not None:
+            try:
+                speed = measure_codec(self._codec, job.sample(), self._floats(), job)
+            finally:
+                if job.restore is not None:
+                    job.restore()
+        through = speed.through(costs)
+        found = self._packed_choice(through, speed.stored_fraction)
+        if found is None or not found.uses_disk or (stated is None and not self._gains(found)):
+            why = f" ({_seen(speed)})" if stated is None else ""
+            self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would save no time{why}",)
+            return
+        self.costs, self.choice = through, found
+        self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
+        self._compressed = CompressedTier(self._tier, self._codec, self._floats())
+        assert self._workers is not None
+        self._workers.close(_PATIENCE_SECONDS)
+        self._tier = self._compressed
+        self._workers = Workers(self._tier, self._clock)
+
+    def _gains(self, found: Choice) -> bool:
+        before, after = self.choice.prediction.time_seconds, found.prediction.time_seconds
+        return after < (1.0 - LEAST_CODEC_GAIN) * before
+
+    def _packed_choice(self, costs: Costs, fraction: float) -> Choice | None:
+        """The best plan if items pass the codec, whose own buffers count; None where they leave no room."""
+        item = self._item_nbytes(self._traits.state_nbytes)
+        for _ in range(2):  # the second time with buffers for the blocks that the first one chose
+            choice = self._choice_beside(CODEC_ITEMS * item, costs, fraction)
+            largest = 0 if choice is None else self._largest_item(choice)
+            if choice is None or largest <= item:
+                break
+            item = largest
+        else:
+            return None
+        if choice is None:
+            return None
+        stored = choice.prediction
+        return replace(
+            choice,
+            prediction=replace(
+                stored,
+                peak_memory_bytes=stored.peak_memory_bytes + CODEC_ITEMS * item,
+                peak_disk_bytes=ceil(fraction * stored.peak_disk_bytes),
+                bytes_written=ceil(fraction * stored.bytes_written),
+                bytes_read=ceil(fraction * stored.bytes_read),
+            ),
+        )
+
+    def _choice_beside(self, taken: int, costs: Costs, fraction: float) -> Choice | None:
+        """The best plan for items of which a fraction is stored, with less memory."""
+        problem, memory = self._problem(), self.memory_nbytes - taken
+        limit = None if problem.disk_nbytes is None else int(problem.disk_nbytes / fraction)
+        try:
+            choice = choose(replace(problem, memory_nbytes=memory, disk_nbytes=limit), costs)
+            return self._expected(self._fitted(choice, memory))
+        except BudgetError:
+            return None
+
+    def _largest_item(self, choice: Choice) -> int:
+        block = self._block_nbytes(choice) if choice.blocks else 0
+        return max(self._item_nbytes(self._traits.state_nbytes), block)
+
+    def _floats(self) -> FloatsOf | None:
+        return self._traits.floats if self._codec is not None and self._codec.bound is not None else None
 
     def _open_tier(self) -> Tier | None:
         settings = self._settings
@@ -202,8 +294,7 @@ class Run:
             max_window=traits.max_window,
         )
 
-    def _measure(self, measure: Callable[[], JobCosts] | None) -> Costs:
-        job = JobCosts() if measure is None else measure()
+    def _measure(self, job: JobCosts) -> Costs:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
         if self._tier is None or self._workers is None:
             return without
@@ -234,14 +325,14 @@ class Run:
     def _block_nbytes(self, choice: Choice) -> int:
         return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)
 
-    def _fitted(self, choice: Choice) -> Choice:
+    def _fitted(self, choice: Choice, memory: int) -> Choice:
         """The choice with as many slots, or else blocks, less as the heads of the blocks take."""
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        over = choice.slots * state + choice.blocks * block - self.memory_nbytes
+        over = choice.slots * state + choice.blocks * block - memory
         if over <= 0 or not choice.blocks:
             return choice
         slots = max(1, choice.slots - -(-over // state))
-        room = self.memory_nbytes - slots * state
+        room = memory - slots * state
         if room >= block:
             return replace(choice, slots=slots, blocks=min(choice.blocks, room // block))
         window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
@@ -304,6 +395,7 @@ class Run:
         if self._traits.working_slots:
             self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
         self._budget = Budget(self.memory_nbytes)
+        self._budget.reserve(self._codec_nbytes)
         if not choice.blocks:
             self._budget.reserve((choice.window - 1) * self._traits.tape_nbytes)
         self._trace = Trace(self._clock(), self._held, self._spacing if self._paces_itself() else None)
@@ -336,7 +428,8 @@ class Run:
                 pool.give(slot)
 
     def _held(self) -> tuple[int, int]:
-        return self._budget.in_use, self._mover.stored_nbytes
+        stored = self._mover.stored_nbytes if self._compressed is None else self._compressed.stored_nbytes
+        return self._budget.in_use, stored
 
     def _paces_itself(self) -> bool:
         """Whether the plan stores as often as storage allows, and so follows the measured times."""
@@ -434,13 +527,14 @@ class Run:
         trace, mover, choice = self._trace, self._mover, self.choice
         steps = self._stock.steps or 0
         tier: Any = self._tier
+        packed = self._compressed
         written, fetched = _total(mover.written.values()), _total(mover.fetched.values())
         measured = Quantities(
             seconds=self.forward_seconds + self.reverse_seconds,
             peak_memory_bytes=self._budget.peak,
-            peak_disk_bytes=mover.peak_stored_nbytes,
-            bytes_written=written.nbytes,
-            bytes_read=fetched.nbytes,
+            peak_disk_bytes=mover.peak_stored_nbytes if packed is None else packed.peak_stored_nbytes,
+            bytes_written=written.nbytes if packed is None else packed.bytes_stored,
+            bytes_read=fetched.nbytes if packed is None else packed.bytes_fetched,
             steps_recomputed=trace.steps_replayed,
             stall_seconds=trace.seconds("wait"),
         )
@@ -468,7 +562,10 @@ class Run:
             faults=(*self._early_faults, *mover.faults),
             failed_transfers=written.failures + fetched.failures,
             repeated_reads=mover.repeated_reads,
-            notes=(*self._traits.notes, *self._tier_notes()),
+            notes=(*self._traits.notes, *self._tier_notes(), *self._codec_notes),
+            codec=None if packed is None else packed.codec.name,
+            compression_ratio=None if packed is None else packed.ratio,
+            lossy_bound=None if packed is None else packed.codec.bound,
             simulated=self._simulated(measured),
             revolve_steps_recomputed=max(0, advances(steps + 1, self._slots_for_revolve(steps)) - steps),
             transfers=tuple(
@@ -556,7 +653,7 @@ class Run:
             peak_disk_bytes=prediction.peak_disk_bytes,
             bytes_written=prediction.bytes_written,
             bytes_read=prediction.bytes_read,
-            steps_recomputed=max(0, prediction.advances - steps),
+            steps_recomputed=max(0, prediction.advances - round((1.0 - self.choice.record_fraction) * steps)),
             stall_seconds=prediction.stall_seconds,
         )
 
@@ -571,9 +668,28 @@ def _total(traffic: Iterable[Traffic]) -> Traffic:
     return total
 
 
+def refuse_lossy_verification(compress: str | None) -> None:
+    """States that come back rounded cannot be the same bit for bit.
+
+    Raises:
+        UsageError: `compress` names a lossy codec.
+    """
+    if compress is not None and parse_codec(compress).bound is not None:
+        raise UsageError(f"verify=True compares bit for bit, and compress={compress!r} rounds; leave one out")
+
+
 def _warn(message: str) -> None:
     """Once a run: what storage does costs time, and the user should know where it went."""
     warnings.warn(f"longtape: {message}; the run goes on without, and takes longer", RuntimeWarning, stacklevel=3)
+
+
+def _seen(speed: CodecSpeed) -> str:
+    times = 1.0 / speed.stored_fraction if speed.stored_fraction else inf
+    rates = [
+        f"{format_bytes(min(rate, 1e15))}/s" for rate in (speed.encode_bytes_per_second, speed.decode_bytes_per_second)
+    ]
+    slow = f", and steps took {speed.slowdown:.2f} times as long beside it" if speed.slowdown > 1.005 else ""
+    return f"an item of this job became {times:.2f} times smaller, at {rates[0]} out and {rates[1]} back{slow}"
 
 
 def describe(choice: Choice) -> str:

@@ -57,6 +57,7 @@ def layout_of(choice: Choice, problem: Problem) -> Layout:
         fixed_spacing=choice.stall_spacing,
         records=choice.blocks > 0,
         record_fraction=choice.record_fraction,
+        plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,
         stores=choice.uses_disk,
         safety=safety_windows(problem, choice.window),
     )

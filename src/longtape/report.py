@@ -134,6 +134,12 @@ class Report:
     replan_count: int = 0
     states_verified: int | None = None
     """States found the same when they were computed again or fetched; None without ``verify=True``."""
+    codec: str | None = None
+    """What items were compressed with on their way to storage; None: not."""
+    compression_ratio: float | None = None
+    """Bytes of the items written over bytes that were stored of them."""
+    lossy_bound: float | None = None
+    """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -191,6 +197,14 @@ class Report:
             lines.append(f"... and {self.replan_count - 5} more changes of the spacing")
         if self.states_verified is not None:
             lines.append(f"verified: {self.states_verified:,} states came out the same again")
+        if self.codec is not None:
+            times = "nothing was written" if self.compression_ratio is None else f"{self.compression_ratio:.2f} to 1"
+            lines.append(f"compressed with {self.codec}: {times}")
+        if self.lossy_bound is not None:
+            lines.append(
+                f"LOSSY: floating-point numbers came back from storage with relative errors of up to "
+                f"{self.lossy_bound:g}; the gradient is not exact, and not the same bit for bit from run to run"
+            )
         lines += [f"fault: {fault}" for fault in self.faults[:10]]
         if len(self.faults) > 10:
             lines.append(f"... and {len(self.faults) - 10} more faults")

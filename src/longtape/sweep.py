@@ -15,15 +15,17 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from longtape.compose import Run, Settings, Traits
+from longtape.actions import Kind
+from longtape.compose import Run, Settings, Traits, refuse_lossy_verification
 from longtape.engine.trace import Trace
 from longtape.errors import StepError, UsageError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
-from longtape.protocols import Observer, Slot, Tier
+from longtape.protocols import Bytes, Floats, Observer, Slot, Tier
 from longtape.report import Report
+from longtape.tiers.aligned import map_aligned
 from longtape.witness import Witness
 
 Array = npt.NDArray[Any]
@@ -34,6 +36,14 @@ TINY_SECONDS = 20e-6
 
 MOST_ROWS = 64
 """Steps of a window whose states are kept beside the slots, within the budget."""
+
+
+MOST_SAMPLED = 16
+"""Steps run to see how small the model's data becomes, or how long it takes to record one."""
+
+SAMPLE_NBYTES = 4 << 20
+
+_RESIDUAL_ALIGNMENT = 64
 
 
 class Model(Protocol):
@@ -50,7 +60,14 @@ class Model(Protocol):
     * ``advance_into(step, source, target)`` and ``reverse_from(step, source)``: run one
       step from the arrays `source` into the arrays `target` of the same shapes, and take
       its adjoint from `source`, changing neither.  A model that has both is run from the
-      kept snapshots themselves, and nothing is copied to keep or to restore one.
+      kept snapshots themselves, and nothing is copied to keep or to restore one.  Where
+      storage takes every state (and the adjoint needs nothing else), no step is run twice:
+      the state is the tape;
+    * ``residual_nbytes`` (int), ``record(step, residuals)`` and ``pull_back(step, residuals)``:
+      run one step on the buffers and put what its adjoint needs into `residuals`, a uint8
+      array of so many bytes that starts at a multiple of 64; and take the adjoint of the
+      step from it, whatever the state buffers hold.  Then storage carries residuals
+      instead of states where that is quicker, and recorded steps are never run again.
     """
 
     state: Sequence[Array]
@@ -70,6 +87,11 @@ class _Fields:
         self.shapes = [(a.dtype, a.shape) for a in arrays]
         self._layout = Fields([a.nbytes for a in arrays])
         self.nbytes = self._layout.nbytes
+        self.floats = [
+            Floats(offset, offset + array.nbytes, array.dtype.itemsize // (2 if array.dtype.kind == "c" else 1))
+            for offset, array in zip(self._layout.offsets, arrays, strict=True)
+            if array.dtype.isnative and array.dtype.char in "fdFD"
+        ]
 
     def views(self, slot: Slot) -> list[Array]:
         """The arrays of a snapshot, as views of the slot; made once a slot."""
@@ -95,25 +117,26 @@ class _InPlaceJob:
     """A model that works on its own buffers: snapshots are copied out and in."""
 
     def __init__(self, model: Any, fields: _Fields) -> None:
-        self._model, self._fields = model, fields
+        self.model = model
+        self._fields = fields
         self._step = 0
         self._rows: list[list[Array]] = []
 
     def keep_rows(self, count: int) -> None:
         """Reverse windows of up to `count` + 1 steps, one step at a time, keeping the states of a window here."""
-        arrays = self._model.state
+        arrays = self.model.state
         self._rows = [[np.empty_like(array) for array in arrays] for _ in range(count)]
 
     def initial(self) -> list[Array]:
         """State 0, to go back to after steps were run only to time them."""
-        return [array.copy() for array in self._model.state]
+        return [array.copy() for array in self.model.state]
 
     def reset(self, initial: list[Array]) -> None:
-        for array, kept in zip(self._model.state, initial, strict=True):
+        for array, kept in zip(self.model.state, initial, strict=True):
             np.copyto(array, kept, casting="no")
 
     def advance(self, start: int, stop: int) -> int:
-        self._model.advance(start, stop)
+        self.model.advance(start, stop)
         self._step = stop
         return stop
 
@@ -121,11 +144,11 @@ class _InPlaceJob:
         if self._rows and stop > start + 1:
             self._reverse_by_rows(start, stop)
         else:
-            self._model.reverse(start, stop)
+            self.model.reverse(start, stop)
         self._step = start
 
     def _reverse_by_rows(self, start: int, stop: int) -> None:
-        model, rows = self._model, self._rows
+        model, rows = self.model, self._rows
         for row, step in zip(rows, range(start, stop - 1), strict=False):
             for kept, array in zip(row, model.state, strict=True):
                 np.copyto(kept, array)
@@ -137,14 +160,14 @@ class _InPlaceJob:
             model.reverse(step, step + 1)
 
     def save(self, slot: Slot) -> Slot:
-        arrays = self._model.state
+        arrays = self.model.state
         self._fields.check(arrays, self._step)
         for kept, array in zip(self._fields.views(slot), arrays, strict=True):
             np.copyto(kept, array, casting="no")
         return slot
 
     def load(self, slot: Slot) -> None:
-        for kept, array in zip(self._fields.views(slot), self._model.state, strict=True):
+        for kept, array in zip(self._fields.views(slot), self.model.state, strict=True):
             np.copyto(array, kept, casting="no")
 
     def yield_slot(self, slot: Slot) -> Slot:
@@ -160,14 +183,38 @@ class _InPlaceJob:
         pass
 
     def record(self, start: int, stop: int, slot: Slot) -> int:
-        raise NotImplementedError
+        for step, residuals in zip(range(start, stop), self._residuals(slot), strict=False):
+            self.model.record(step, residuals)
+        self._step = stop
+        return stop
 
     def pull_back(self, start: int, stop: int, slot: Slot) -> None:
-        raise NotImplementedError
+        rows = self._residuals(slot)
+        for step in range(stop - 1, start - 1, -1):
+            self.model.pull_back(step, rows[step - start])
+
+    def _residuals(self, slot: Slot) -> list[Bytes]:
+        """The part of each step in a block; made once a slot."""
+        if slot.views is None:
+            nbytes = self.model.residual_nbytes
+            stride = _stride(self.model)
+            slot.views = [slot.data[k : k + nbytes] for k in range(0, slot.data.nbytes - nbytes + 1, stride)]
+        return slot.views  # type: ignore[no-any-return]
+
+    def sample(self, steps: int) -> tuple[Kind, Bytes]:
+        """An item of the model's own data, a few steps on."""
+        if _can_record(self.model):
+            stride = _stride(self.model)
+            count = max(1, min(steps, MOST_SAMPLED, SAMPLE_NBYTES // stride))
+            slot = Slot(map_aligned(count * stride, _RESIDUAL_ALIGNMENT)[1])
+            self.record(0, count, slot)
+            return Kind.RESIDUALS, slot.data
+        self.advance(0, min(steps, MOST_SAMPLED))
+        return Kind.SNAPSHOT, self.save(Slot(np.empty(self._fields.nbytes, np.uint8))).data
 
     def live(self) -> Sequence[Array]:
         """The arrays of the working state."""
-        return self._model.state  # type: ignore[no-any-return]
+        return self.model.state  # type: ignore[no-any-return]
 
 
 class _OutOfPlaceJob(_InPlaceJob):
@@ -191,20 +238,20 @@ class _OutOfPlaceJob(_InPlaceJob):
 
     def reset(self, initial: list[Array]) -> None:
         # State 0 stays where it is: the first step reads it there.
-        self._current = Slot(np.empty(0, np.uint8), views=list(self._model.state))
+        self._current = Slot(np.empty(0, np.uint8), views=list(self.model.state))
 
     def advance(self, start: int, stop: int) -> int:
         fields, own = self._fields, self._own
         for step in range(start, stop):
             target = own[1] if self._current is own[0] else own[0]
-            self._model.advance_into(step, fields.views(self._current), fields.views(target))
+            self.model.advance_into(step, fields.views(self._current), fields.views(target))
             self._current = target
         return stop
 
     def reverse(self, start: int, stop: int) -> None:
         if stop != start + 1:
             raise UsageError("a model with reverse_from reverses one step at a time")
-        self._model.reverse_from(start, self._fields.views(self._current))
+        self.model.reverse_from(start, self._fields.views(self._current))
 
     def save(self, slot: Slot) -> Slot:
         if self._current not in self._own:
@@ -229,7 +276,7 @@ class _OutOfPlaceJob(_InPlaceJob):
         return self._fields.views(self._current)
 
     def turn(self) -> None:
-        for array, kept in zip(self._model.state, self._fields.views(self._current), strict=True):
+        for array, kept in zip(self.model.state, self._fields.views(self._current), strict=True):
             if array is not kept:
                 np.copyto(array, kept, casting="no")
 
@@ -308,6 +355,10 @@ class Sweep:
             beside `memory`.  States inside one `reverse` call are not seen.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is
             recomputed.
+        compress: Codec for what goes to storage, used where it is predicted to pay: ``"lz4"``, ``"zstd"``,
+            ``"bitshuffle+lz4"`` or ``"bitshuffle+zstd"``.  ``"relative:1e-4+bitshuffle+zstd"`` is lossy:
+            it first rounds floating-point numbers, each by at most that share of its size, and the
+            adjoint is no longer exact.
 
     Raises:
         BudgetError: `memory` cannot hold one state.
@@ -335,12 +386,15 @@ class Sweep:
         costs: Costs | None = None,
         verify: bool = False,
         stuck_seconds: float = 30.0,
+        compress: str | None = None,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UsageError(f"steps must be an integer of at least 1, not {steps!r}")
-        self._model = model
         fields = _checked_fields(model)
-        out_of_place = hasattr(model, "advance_into") and hasattr(model, "reverse_from")
+        if verify:
+            refuse_lossy_verification(compress)
+        records = _can_record(model)
+        out_of_place = not records and hasattr(model, "advance_into") and hasattr(model, "reverse_from")
         self._job = _JOBS[out_of_place, verify](model, fields)
         self._steps, self._nbytes = steps, fields.nbytes
         estimate = _checked_seconds(model)
@@ -349,16 +403,18 @@ class Sweep:
         span = 1 if out_of_place else getattr(model, "max_reverse", 1)
         if not isinstance(span, int) or span < 1:
             raise UsageError(f"model.max_reverse must be an integer of at least 1, not {span!r}")
-        by_rows = not out_of_place and span == 1 and self._steps_are_tiny(measured)
+        by_rows = not out_of_place and not records and span == 1 and self._steps_are_tiny(measured)
         traits = Traits(
             title=type(model).__name__,
             steps=steps,
             state_nbytes=fields.nbytes,
+            residual_nbytes=_stride(model) if records else None,
             working_slots=2 if out_of_place else 0,
             max_window=MOST_ROWS if by_rows else span,
             tape_nbytes=fields.nbytes if by_rows else 0,
             reverse_is_assumed=assumed,
             notes=("predicted as if an adjoint step took twice a forward step",) if assumed else (),
+            floats=lambda kind, nbytes: fields.floats if kind is Kind.SNAPSHOT else (),
         )
         settings = Settings(
             memory,
@@ -368,6 +424,7 @@ class Sweep:
             tier=tier,
             costs=costs,
             stuck_seconds=stuck_seconds,
+            compress=compress,
         )
         self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
         if by_rows:
@@ -472,6 +529,44 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int, reverse: flo
         while (seconds := run(count)) < 2e-3 and count * 4 <= steps:
             count *= 4
         forward = median([seconds, run(count), run(count)]) / count
+        record = _time_records(job, initial, steps) if _can_record(job.model) else None
     finally:
         restore()
-    return JobCosts(forward=forward, reverse=2.0 * forward if reverse is None else reverse, busy=busy, restore=restore)
+    return JobCosts(
+        forward=forward,
+        reverse=2.0 * forward if reverse is None else reverse,
+        record=record,
+        pull_back=None if record is None else forward,
+        busy=busy,
+        restore=restore,
+        sample=lambda: job.sample(steps),
+    )
+
+
+def _time_records(job: _InPlaceJob, initial: list[Array], steps: int) -> float:
+    """Seconds of a recorded step."""
+    stride = _stride(job.model)
+    count = max(1, min(steps, MOST_SAMPLED, SAMPLE_NBYTES // stride))
+    slot = Slot(map_aligned(count * stride, _RESIDUAL_ALIGNMENT)[1])
+    seconds = []
+    for _ in range(3):
+        job.reset(initial)
+        began = time.perf_counter()
+        job.record(0, count, slot)
+        seconds.append((time.perf_counter() - began) / count)
+    return median(seconds)
+
+
+def _can_record(model: Any) -> bool:
+    found = [name for name in ("residual_nbytes", "record", "pull_back") if hasattr(model, name)]
+    if found and len(found) < 3:
+        raise UsageError(f"a model that records has residual_nbytes, record and pull_back; this one has {found}")
+    if found and (not isinstance(model.residual_nbytes, int) or model.residual_nbytes < 1):
+        raise UsageError(f"model.residual_nbytes must be an integer of at least 1, not {model.residual_nbytes!r}")
+    return bool(found)
+
+
+def _stride(model: Any) -> int:
+    """Bytes from the residuals of one step to those of the next."""
+    nbytes: int = model.residual_nbytes
+    return -(-nbytes // _RESIDUAL_ALIGNMENT) * _RESIDUAL_ALIGNMENT

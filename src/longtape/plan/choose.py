@@ -162,7 +162,13 @@ def _kindest(choice: Choice) -> int:
     """Without storage, the one that touches least memory; with it, one with room for noise and for insurance."""
     if not choice.uses_disk:
         return choice.prediction.peak_memory_bytes
-    return 2 * (choice.schedule == "residuals" and choice.blocks < 3) + (choice.slots < 2)
+    if choice.schedule != "residuals":
+        return int(choice.slots < 2)
+    if choice.record_fraction == 1.0:
+        return 2 * (choice.blocks < 3) + (choice.slots < 2)
+    # Snapshots wait behind the blocks that are to be written before them.
+    lacks = 2 * (choice.blocks < 3) + (choice.slots < choice.blocks + 2)
+    return 2 * ENOUGH_BLOCKS * lacks - min(choice.blocks, ENOUGH_BLOCKS)
 
 
 # Windows that can matter ------------------------------------------------------------------------
@@ -359,22 +365,22 @@ def _block_windows(problem: Problem, costs: Costs) -> list[int]:
 
 
 def _block_footprints(problem: Problem, window: int) -> Iterator[Footprint]:
-    """A few slots for the plain runs, the rest to blocks: all that fit, or enough of them."""
+    """A few slots for the plain runs, the rest to blocks: enough, all that fit, or so few that snapshots can wait."""
     block = max(1, window * (problem.residual_nbytes or 0))
     most = -(-horizon(problem) // window)
     for slots in _SLOTS_BESIDE_BLOCKS:
         blocks = min(most, (problem.memory_nbytes - slots * problem.state_nbytes) // block)
         if blocks < 2:
             return
-        for taken in sorted({min(blocks, ENOUGH_BLOCKS), blocks}):
+        for taken in dict.fromkeys((min(blocks, ENOUGH_BLOCKS), blocks, min(blocks, max(3, slots - 2)))):
             yield Footprint(window, slots, taken)
 
 
 def _recorded_choices(recording: Recording) -> Iterator[Choice]:
     """The fractions between which time is linear: all that can be written, and all that can also be read in time.
 
-    Spread evenly, fractions in [1/(k+1), 1/k) leave plain runs of k windows, which start
-    from one snapshot each (k = 1 from a half on).
+    Spread evenly, fractions of up to 1/k leave plain runs of k windows or more, which are cut
+    into runs of k that start from one snapshot each.
     """
     run, footprint = recording.run, recording.footprint
     forward, disk = recording.forward(), recording.disk()
@@ -384,7 +390,7 @@ def _recorded_choices(recording: Recording) -> Iterator[Choice]:
         enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
         if fits and enough:
             choice = _within_disk(recording, fraction)
-            if choice is not None and choice.record_fraction >= 1.0 / (run + 1):
+            if choice is not None and choice.record_fraction > 0.0:
                 yield choice
 
 

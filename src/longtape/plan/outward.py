@@ -80,7 +80,9 @@ class ForwardSweep:
     def _keep(self, window: int) -> Actions:
         """Store the working state if the rules say so and a slot can be had without waiting."""
         after_record = bool(self._course.recorded) and self._course.recorded[-1] == window - 1
-        if not (after_record or self._wants_snapshot(window)):
+        run = self._course.layout.plain_run
+        run_ends = run is not None and window - self._last_store >= run
+        if not (after_record or run_ends or self._wants_snapshot(window)):
             if self._queue_is_stuck(window):
                 yield from self._thin_queue()
             return

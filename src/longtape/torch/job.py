@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
+from longtape.actions import Kind
 from longtape.errors import StepError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
-from longtape.protocols import Bytes, Slot
-from longtape.torch.blocks import Block, RoomExceeded
+from longtape.protocols import Bytes, Floats, Slot
+from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
-from longtape.torch.graphs import CaptureFailed
+from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
@@ -30,6 +32,12 @@ from longtape.witness import Witness
 
 UNKNOWN_NBYTES = 1 << 60
 """Of a taped step that cannot be examined: so many that no two steps are taped together."""
+
+
+MOST_SAMPLED = 64
+"""Steps run to see how small the job's data becomes."""
+
+SAMPLE_NBYTES = 1 << 20
 
 
 class Randomness:
@@ -114,6 +122,7 @@ class ScanJob:
         self._ys_bar: Cotangents = []
         self._xs_bar: Cotangents = []
         self._measured: JobCosts | None = None
+        self._rounded: StepGraph | None = None
         self._spare: Block | None = None
         """Room for the residuals of a single step, where a captured step is reversed at once."""
         self.tape_nbytes = 0
@@ -254,6 +263,8 @@ class ScanJob:
             _name_step(error, index)
             raise
         self._check_randomness()
+        if self._rounded is not None and steps.only_graph is not self._rounded:
+            raise RoomExceeded("a step took another path, whose residuals lie elsewhere in a block")
         pattern = tuple(numbers)
         self._numbers[start] = self._patterns.setdefault(pattern, pattern)
         return stop
@@ -326,13 +337,73 @@ class ScanJob:
         def busy() -> None:
             forward()
 
+        if isinstance(self.stepper, EagerStep):
+            self._check_repeatable(self.stepper)
         seconds = _typical(forward)
         if isinstance(self.stepper, CapturedSteps):
             costs = self._time_recording(self.stepper, seconds)
         else:
             costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
         self.load_initial()
-        return replace(costs, busy=busy, restore=self.load_initial)
+        return replace(costs, busy=busy, restore=self.load_initial, sample=self._sample)
+
+    def _check_repeatable(self, step: EagerStep) -> None:
+        """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
+
+        Rounding may differ, as it does in parallel sums.
+
+        Raises:
+            StepError: The results differ.
+        """
+
+        def results() -> Leaves:
+            self.load_initial()
+            carry, y = step.advance(0, self.carry, self.inputs.leaves(0))
+            return [leaf.clone() for leaf in [*carry, *y]]
+
+        first = results()
+        if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
+            first = results()
+        for a, b in zip(first, results(), strict=True):
+            if not _same_bits(a, b) and not _agree(a, b):
+                raise StepError(
+                    "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
+                    "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
+                    "depends on something that changes from call to call; pass such things in xs or in the carry"
+                )
+
+    def _sample(self) -> tuple[Kind, Bytes]:
+        """An item of the job's own data: the residuals of some first steps, or a state a few steps on."""
+        self.load_initial()
+        steps = self.stepper
+        if not isinstance(steps, CapturedSteps):
+            for index in range(min(self.steps, MOST_SAMPLED)):
+                self.carry, _ = steps.advance(index, self.carry, self.inputs.leaves(index))
+            return Kind.SNAPSHOT, self.save(Slot(np.zeros(self.layout().nbytes, np.uint8))).data
+        count = max(1, min(self.steps, MOST_SAMPLED, SAMPLE_NBYTES // max(1, steps.stride_nbytes)))
+        data, block = steps.spare(count)
+        for index in range(count):
+            self.carry, _, _ = steps.record(index, self.carry, self.inputs.leaves(index), block, index)
+        steps.forget()
+        return Kind.RESIDUALS, data
+
+    def floats(self, kind: Kind, nbytes: int) -> Sequence[Floats]:
+        """Where an item holds floating-point numbers that may be rounded."""
+        if kind is Kind.SNAPSHOT:
+            return [
+                Floats(offset, offset + size, size_of)
+                for offset, size, leaf in zip(self._fields.offsets, self._fields.sizes, self.init, strict=False)
+                if (size_of := number_nbytes(leaf.dtype))
+            ]
+        if self._rounded is None:
+            return []
+        assert isinstance(self.stepper, CapturedSteps)
+        return floats_in_block(self._rounded, nbytes, self.stepper.block_nbytes(0), self.stepper.stride_nbytes)
+
+    def round_blocks(self) -> None:
+        """Let a lossy codec round blocks, too, where all steps take one graph: from then on all must."""
+        if isinstance(self.stepper, CapturedSteps):
+            self._rounded = self.stepper.only_graph
 
     def _time_recording(self, steps: CapturedSteps, forward: float) -> JobCosts:
         """Record step 0 and pull back through it a few times; nothing is kept of it."""
@@ -473,20 +544,33 @@ def _typical(timed: Callable[[], float]) -> float:
     return median(seconds)
 
 
-def disagreement(captured: ScanJob, eager: ScanJob) -> str | None:
-    """Why captured graphs cannot stand for the step, or None: both run step 0 forward and back."""
+def disagreement(captured: ScanJob, eager: ScanJob) -> tuple[str | None, str | None]:
+    """Why captured graphs cannot stand for the step, and what differs by rounding only: both run step 0, both ways.
+
+    Bits may differ where the step computes in place on part of a tensor: operators round
+    otherwise on rows than on contiguous memory, and a graph has no memory to compute in.
+    """
     ours, theirs = _first_step(captured), _first_step(eager)
     if ours.keys() != theirs.keys():
-        return "on step 0, they close over other tensors than the step run as it is"
-    wrong = [name for name in ours if not _agree(ours[name], theirs[name])]
-    return f"on step 0, {wrong[0][0]} differs from that of the step run as it is" if wrong else None
+        return "on step 0, they close over other tensors than the step run as it is", None
+    differ = [name for name in ours if not _same_bits(ours[name], theirs[name])]
+    wrong = [name for name in differ if not _agree(ours[name], theirs[name])]
+    if wrong:
+        return f"on step 0, {wrong[0][0]} differs from that of the step run as it is", None
+    return None, f"on step 0, {differ[0][0]} differs from that of the step run as it is" if differ else None
+
+
+def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return all(part is None or not part.any() for part in (a, b))
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
-        return all(part is None or not part.any() for part in (a, b))
+        return False  # the one that is there is not zero
     if not differentiable(a):
-        return torch.equal(a, b)
+        return False
     tolerance = 3.0 * torch.finfo(a.dtype).eps ** 0.5
     size = float(torch.nan_to_num(b.detach()).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from longtape.compose import Run, Settings, Traits
+from longtape.compose import Run, Settings, Traits, refuse_lossy_verification
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
@@ -61,6 +62,8 @@ def scan(
     capture: bool | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
+    compress: str | None = None,
+    compile: bool = False,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -92,10 +95,17 @@ def scan(
         capture: Turn the step into explicit forward and backward graphs, so that residuals can be
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
-            the report says why.
+            the report says why; so is, for None, one whose graphs give other bits than itself.
         verify: Compare every state that is computed again, or fetched, with what it was the first
             time, bit for bit.  Takes a hash a step, and 8 bytes a leaf and step beside `memory`.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
+        compress: Codec for what goes to storage, used where it is predicted to pay: ``"lz4"``, ``"zstd"``,
+            ``"bitshuffle+lz4"`` or ``"bitshuffle+zstd"``.  ``"relative:1e-4+bitshuffle+zstd"`` is lossy:
+            it first rounds floating-point numbers, each by at most that share of its size, and
+            gradients are no longer exact.  Integers, flags and random states are never rounded.
+        compile: Hand the captured graphs to PyTorch's compiler, which fuses operators: quicker where they are
+            small, after a minute or so of compiling.  Needs a C++ compiler, and implies ``capture=True``;
+            results differ from the step's own in the last bits.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
@@ -114,14 +124,28 @@ def scan(
     for position, leaf in enumerate(init_leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if compile and capture is False:
+        raise UsageError(
+            "compile=True hands captured graphs to the compiler, but capture=False makes none; leave one out"
+        )
     if steps < 1:
         raise UsageError(f"a scan needs at least one step, not {steps}")
+    if verify:
+        refuse_lossy_verification(compress)
     settings = Settings(
-        memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, stuck_seconds=stuck_seconds
+        memory,
+        disk=disk,
+        disk_limit=disk_limit,
+        observers=tuple(observers),
+        tier=tier,
+        compress=compress,
+        stuck_seconds=stuck_seconds,
     )
     call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
     call.names = paths(init, "carry") if verify else None
-    call.captures = steps >= CAPTURED_FROM if capture is None else capture
+    call.captures = steps >= CAPTURED_FROM if capture is None and not compile else capture is not False
+    call.exactly = capture is None and not compile
+    call.compiles = compile
     return call.run()
 
 
@@ -133,6 +157,11 @@ class _Call:
 
     names: Sequence[str] | None = None
     """What the leaves of the carry are called, where states are to be verified."""
+    exactly = True
+    """Whether captured graphs must give the very bits that the step itself gives on step 0."""
+
+    compiles = False
+    """Whether graphs go through PyTorch's compiler."""
 
     def __init__(
         self,
@@ -174,7 +203,7 @@ class _Call:
         wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
         stepper: EagerStep | CapturedSteps
         if capture:
-            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants)
+            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles)
         else:
             stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
         given = (stepper, self.init, self.inputs, self.steps, self._randomness)
@@ -247,6 +276,8 @@ class _Call:
                 least = layout.nbytes + job.stepper.block_nbytes(1) + 4096
                 if least > parse_bytes(self._settings.memory):
                     raise CaptureFailed(f"a carry and the residuals of one step take {format_bytes(least)} of memory")
+            if self._settings.compress is not None and parse_codec(self._settings.compress).bound is not None:
+                job.round_blocks()
             traits = Traits(
                 title="scan",
                 steps=self.steps,
@@ -257,6 +288,7 @@ class _Call:
                 max_window=1 if records else min(self.steps, 256),
                 initial_is_free=True,
                 notes=tuple(self._notes),
+                floats=job.floats,
             )
             run = Run(job, traits, self._settings, measure=lambda: costs)
             pending = _Pending(run, job)
@@ -270,7 +302,11 @@ class _Call:
         """Hold the captured graphs against the step itself, on step 0."""
         if isinstance(job.stepper, CapturedSteps) and not job.stepper.checked:
             self._randomness.note()
-            job.stepper.settle(disagreement(job, self._new_job()))
+            job.stepper.settle(*disagreement(job, self._new_job()))
+        if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
+            if self.exactly:
+                raise CaptureFailed(f"{job.stepper.rounding} in the last bits; capture=True accepts that")
+            self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
 
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
