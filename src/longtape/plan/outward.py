@@ -42,7 +42,7 @@ class ForwardSweep:
         self._thinning = Thinning(course)
         self._failures = 0
         self._writes_ended = 0
-        self._tries_again_at = 0
+        self._tries_again_at = self._patience = 0
 
     def give_up_tail(self) -> None:
         """Run on to the end: keeping the tail would delay compute."""
@@ -54,8 +54,9 @@ class ForwardSweep:
             yield from self._trust_again()
             if self._course.stock.failed:
                 yield from self._deal_with_failed(window)
-            if self._in_memory_alone(window):
+            if self._in_memory_alone():
                 yield from self._keep_in_memory(window)
+                yield from self._try_storage(window)
                 following = int(min(self._next_look_in_memory(window), self._greedy_end()))
                 yield Advance(self._course.at(window), self._course.at(following))
                 window = following
@@ -94,8 +95,8 @@ class ForwardSweep:
                 continue
             self._failures += 1
             if self._failures == FAILURES_TO_GIVE_UP:
-                self._tries_again_at = 2 * window
-            if key.kind is Kind.RESIDUALS or self._failures < FAILURES_TO_GIVE_UP:
+                self._wait_before_trying(window, 1)
+            if key.kind is Kind.RESIDUALS or not self._in_memory_alone():
                 yield from self._drop(key)
 
     def _drop(self, key: Key) -> Actions:
@@ -110,14 +111,36 @@ class ForwardSweep:
 
     # Memory alone: no storage, or none that works, and no end in sight -----------------------
 
-    def _in_memory_alone(self, window: int) -> bool:
-        return not self._course.layout.stores or self._failures >= FAILURES_TO_GIVE_UP
+    def _in_memory_alone(self) -> bool:
+        stock = self._course.stock
+        if not self._course.layout.stores:
+            return True
+        too_small = stock.storage_limit < stock.item_nbytes[Kind.SNAPSHOT]
+        # Where the end is known, Revolve from the last stored state costs one sweep more at most.
+        return stock.steps is None and (too_small or self._failures >= FAILURES_TO_GIVE_UP)
 
     def _next_look_in_memory(self, window: int) -> int:
         following = next_look(window, self._course.stock.snapshots.capacity)
         if self._course.rules.grain_seconds and self._course.forward_seconds > 0:
             following = max(following, window + floor(self._course.rules.grain_seconds / self._course.forward_seconds))
         return following
+
+    def _wait_before_trying(self, window: int, spacings: int) -> None:
+        self._patience = spacings
+        self._tries_again_at = window + ceil(spacings * max(1.0, self._course.spacing()))
+
+    def _try_storage(self, window: int) -> Actions:
+        """Now and then, ever less often, see whether storage works again."""
+        latest = self._course.restarts[-1] if self._course.restarts else 0
+        if window < self._tries_again_at or not self._course.layout.stores or self._course.stock.writes:
+            return
+        if latest and self._is_in_memory_only(latest) and self._course.stock.has_room(Kind.SNAPSHOT):
+            self._wait_before_trying(window, 2 * self._patience)
+            yield Write(self._course.snapshot(latest))
+
+    def _is_in_memory_only(self, window: int) -> bool:
+        status = self._course.stock.snapshots.memory.get(window * self._course.layout.window)
+        return status is Status.RESIDENT and not self._course.stored(window)
 
     def _trust_again(self) -> Actions:
         """If a write has ended well after all, write what is in memory only."""
@@ -127,8 +150,7 @@ class ForwardSweep:
         self._writes_ended = stock.writes_ended
         if self._failures >= FAILURES_TO_GIVE_UP:
             for restart in self._course.restarts:
-                held = stock.snapshots.memory.get(restart * self._course.layout.window) is Status.RESIDENT
-                if held and not self._course.stored(restart) and stock.has_room(Kind.SNAPSHOT):
+                if self._is_in_memory_only(restart) and stock.has_room(Kind.SNAPSHOT):
                     yield Write(self._course.snapshot(restart))
         self._failures = 0
 
@@ -160,9 +182,6 @@ class ForwardSweep:
             yield Store(course.at(window))
             course.restarts.append(window)
             self._last_store = window
-            if course.layout.stores and window >= self._tries_again_at:
-                self._tries_again_at = 2 * window
-                yield Write(course.snapshot(window))
 
     def _give_up(self, window: int) -> Actions:
         """Give up the memory of a restart point, and the restart point with it unless it is stored too."""
@@ -186,7 +205,7 @@ class ForwardSweep:
         if self._course.layout.fixed_spacing:
             while self._course.stock.snapshots.available() <= 0 and self._course.stock.writes:
                 yield Await()
-        if not self._course.stock.has_room(Kind.SNAPSHOT):
+        if window and not self._course.stock.has_room(Kind.SNAPSHOT):
             made = yield from self._thinning.make_room(Kind.SNAPSHOT)
             if not made or (not after_record and window - self._last_store < self._thinning.least_gap):
                 return
