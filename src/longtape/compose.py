@@ -24,7 +24,7 @@ from longtape.errors import BudgetError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
 from longtape.measure import JobCosts, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
-from longtape.plan.choose import Choice, choose
+from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.stock import Stock
 from longtape.protocols import Job, Observer, Tier
@@ -98,7 +98,6 @@ class Run:
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Any other setting that cannot be honoured.
-        StorageError: Storage does not work, and the length is unknown, which cannot do without.
     """
 
     def __init__(
@@ -159,8 +158,6 @@ class Run:
 
     def _go_without_storage(self, error: OSError) -> None:
         """Storage failed before the run began: recompute within memory instead, and say so."""
-        if self._traits.steps is None:
-            raise error
         self._release_storage(_PATIENCE_SECONDS)
         self._tier = self._workers = None
         self._early_faults = (f"storage does not work and is not used: {error}",)
@@ -175,17 +172,28 @@ class Run:
 
     def _problem(self) -> Problem:
         traits = self._traits
-        limit = self._settings.disk_limit
         return Problem(
             steps=traits.steps,
             state_nbytes=self._item_nbytes(traits.state_nbytes),
             memory_nbytes=self.memory_nbytes,
             has_disk=self._tier is not None,
-            disk_nbytes=None if limit is None else parse_bytes(limit),
+            disk_nbytes=self._room_on_disk(),
             residual_nbytes=traits.residual_nbytes,
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
         )
+
+    def _room_on_disk(self) -> int | None:
+        """The stated limit, less what the headers of snapshots take of it."""
+        if self._settings.disk_limit is None:
+            return None
+        limit, state = parse_bytes(self._settings.disk_limit), self._item_nbytes(self._traits.state_nbytes)
+        return limit // self._stored_nbytes(state) * state
+
+    def _stored_nbytes(self, nbytes: int) -> int:
+        """What an item of so many bytes takes on storage."""
+        of_tier = getattr(self._tier, "item_nbytes", None)
+        return nbytes if of_tier is None else int(of_tier(nbytes))
 
     def _measure(self, measure: Callable[[], JobCosts] | None) -> Costs:
         job = JobCosts() if measure is None else measure()
@@ -275,6 +283,9 @@ class Run:
             stock.forward.add(costs.forward)
         stock.reverse.add(costs.reverse)
         if self._tier is not None:
+            stock.item_nbytes = {k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))}
+            if self._settings.disk_limit is not None:
+                stock.storage_limit = parse_bytes(self._settings.disk_limit)
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
             stock.block_write.add(costs.write_seconds(block))
@@ -447,6 +458,8 @@ class Run:
     def predicted(self) -> Quantities:
         """What the plan says the run will take."""
         prediction, steps = self.choice.prediction, self._stock.steps or 0
+        if self._traits.steps is None and steps:  # the plan was made for a length that was only assumed
+            prediction = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
         return Quantities(
             seconds=prediction.time_seconds,
             peak_memory_bytes=prediction.peak_memory_bytes,

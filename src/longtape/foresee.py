@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf
 
 from longtape.actions import Key, Kind
 from longtape.plan.asynchronous import Layout
@@ -85,7 +86,17 @@ def replay(foresight: Foresight) -> Outcome:
         costs.pull_back,
     )
     layout = layout_of(choice, problem)
-    return simulate(steps, choice.slots, speeds, layout=layout, blocks=choice.blocks, known=problem.steps is not None)
+    limit = inf if problem.disk_nbytes is None else problem.disk_nbytes
+    return simulate(
+        steps,
+        choice.slots,
+        speeds,
+        layout=layout,
+        blocks=choice.blocks,
+        known=problem.steps is not None,
+        storage_limit=limit,
+        item_nbytes={Kind.SNAPSHOT: problem.state_nbytes, Kind.RESIDUALS: block},
+    )
 
 
 def time_against_memory(problem: Problem, costs: Costs, *, points: int = 24) -> list[tuple[str, int, float]]:

@@ -30,6 +30,9 @@ Array = npt.NDArray[Any]
 TINY_SECONDS = 20e-6
 """A step shorter than this is worth less than deciding about it on its own."""
 
+LONG = 10_000
+"""Steps from which on that matters."""
+
 MOST_ROWS = 64
 """Steps of a window whose states are kept beside the slots, within the budget."""
 
@@ -53,7 +56,11 @@ class Model(Protocol):
     """The live buffers, which hold state 0 when the sweep is made."""
 
     def advance(self, start: int, stop: int) -> Any:
-        """Run steps ``start … stop-1`` on the buffers."""
+        """Run steps ``start … stop-1`` on the buffers.
+
+        In a sweep with ``steps=None``, return the state reached: `stop`, or less where the sequence
+        has ended, which may be `start` itself.  (`advance_into` then returns False, and makes no step.)
+        """
 
     def reverse(self, start: int, stop: int) -> Any:
         """The buffers hold state `start`: take the adjoint of steps ``stop-1 … start``."""
@@ -108,10 +115,21 @@ class _InPlaceJob:
         for array, kept in zip(self._model.state, initial, strict=True):
             np.copyto(array, kept, casting="no")
 
+    may_end = False
+    """Whether it is the model that says where the sequence ends: in the forward sweep of a length not known."""
+
     def advance(self, start: int, stop: int) -> int:
-        self._model.advance(start, stop)
-        self._step = stop
-        return stop
+        reached = self._model.advance(start, stop)
+        self._step = self._checked_end(reached, start, stop) if self.may_end else stop
+        return self._step
+
+    def _checked_end(self, reached: Any, start: int, stop: int) -> int:
+        if isinstance(reached, bool) or not isinstance(reached, (int, np.integer)) or not start <= reached <= stop:
+            raise StepError(
+                f"advance({start}, {stop}) returned {reached!r}; with steps=None it must return the state reached, "
+                f"which is {stop} unless the sequence ends before"
+            )
+        return int(reached)
 
     def reverse(self, start: int, stop: int) -> None:
         if self._rows and stop > start + 1:
@@ -153,7 +171,7 @@ class _InPlaceJob:
         raise NotImplementedError
 
     def turn(self) -> None:
-        pass
+        self.may_end = False
 
     def record(self, start: int, stop: int, slot: Slot) -> int:
         raise NotImplementedError
@@ -189,7 +207,9 @@ class _OutOfPlaceJob(_InPlaceJob):
         fields, own = self._fields, self._own
         for step in range(start, stop):
             target = own[1] if self._current is own[0] else own[0]
-            self._model.advance_into(step, fields.views(self._current), fields.views(target))
+            stepped = self._model.advance_into(step, fields.views(self._current), fields.views(target))
+            if self.may_end and stepped is False:
+                return step
             self._current = target
         return stop
 
@@ -218,6 +238,7 @@ class _OutOfPlaceJob(_InPlaceJob):
         return given
 
     def turn(self) -> None:
+        super().turn()
         for array, kept in zip(self._model.state, self._fields.views(self._current), strict=True):
             if array is not kept:
                 np.copyto(array, kept, casting="no")
@@ -228,7 +249,7 @@ class Sweep:
 
     Args:
         model: See `Model`; its buffers hold state 0.
-        steps: N, at least 1.
+        steps: N, at least 1; None if only the model knows where the sequence ends (see `Model.advance`).
         memory: Most bytes held for snapshots at any moment, such as ``"4GiB"`` or an
             integer.  The model's own buffers are not counted.
         disk: Directory for a private scratch file, or None to recompute in memory only.
@@ -253,7 +274,7 @@ class Sweep:
     def __init__(
         self,
         model: Any,
-        steps: int,
+        steps: int | None,
         *,
         memory: int | str,
         disk: str | os.PathLike[str] | None = None,
@@ -262,12 +283,13 @@ class Sweep:
         tier: Tier | None = None,
         costs: Costs | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise UsageError(f"steps must be an integer of at least 1, not {steps!r}")
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise UsageError(f"steps must be an integer of at least 1, or None, not {steps!r}")
         self._model = model
         fields = _checked_fields(model)
         out_of_place = hasattr(model, "advance_into") and hasattr(model, "reverse_from")
         self._job = _OutOfPlaceJob(model, fields) if out_of_place else _InPlaceJob(model, fields)
+        self._job.may_end = steps is None
         self._steps, self._nbytes = steps, fields.nbytes
         measured = None if costs is not None else self._measure()
         span = 1 if out_of_place else getattr(model, "max_reverse", 1)
@@ -292,12 +314,13 @@ class Sweep:
 
     def _steps_are_tiny(self, measured: JobCosts | None) -> bool:
         """Whether deciding step by step would cost more than the steps: then whole windows are reversed at once."""
-        return measured is not None and self._steps >= 10_000 and measured.forward < TINY_SECONDS
+        is_long = self._steps is None or self._steps >= LONG
+        return measured is not None and is_long and measured.forward < TINY_SECONDS
 
     def _measure(self) -> JobCosts:
         """Time a few first steps, and put state 0 back."""
         initial = self._job.initial()
-        return _time_steps(self._job, initial, self._steps)
+        return _time_steps(self._job, initial, LONG if self._steps is None else self._steps)
 
     @property
     def plan(self) -> Choice:
@@ -360,10 +383,11 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int) -> JobCosts:
     clock = time.perf_counter
 
     def run(count: int) -> float:
+        """Seconds a step."""
         job.reset(initial)
         began = clock()
-        job.advance(0, count)
-        return clock() - began
+        reached = job.advance(0, count)
+        return (clock() - began) / max(1, reached)
 
     def busy() -> None:
         run(count)
@@ -374,9 +398,9 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int) -> JobCosts:
     count = 1
     try:
         run(1)  # the first call may compile
-        while (seconds := run(count)) < 2e-3 and count * 4 <= steps:
+        while (seconds := run(count)) * count < 2e-3 and count * 4 <= steps:
             count *= 4
-        forward = min(seconds, run(count), run(count)) / count
+        forward = min(seconds, run(count), run(count))
     finally:
         restore()
     return JobCosts(forward=forward, reverse=2.0 * forward, busy=busy, restore=restore)

@@ -88,8 +88,9 @@ class ForwardSweep:
         stock = self._course.stock
         while stock.failed:
             key = stock.failed.pop()
-            if stock.shelf(key.kind).memory.get(key.step) is not Status.RESIDENT:
-                continue
+            shelf = stock.shelf(key.kind)
+            if shelf.memory.get(key.step) is not Status.RESIDENT or key.step in shelf.stored:
+                continue  # given up, or written after all
             if not stock.has_room(key.kind) and (yield from self._thinning.make_room(key.kind)):
                 yield Write(key)
                 continue

@@ -10,7 +10,7 @@ and reads are served first come, first served, each kind one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -231,7 +231,7 @@ def simulate(
     blocks: int = 0,
     known: bool = True,
     storage_limit: float = inf,
-    block_nbytes: int = 1,
+    item_nbytes: Mapping[Kind, int] | None = None,
     believed: Speeds | None = None,
     observe: Callable[[Action], None] | None = None,
 ) -> Outcome:
@@ -245,8 +245,8 @@ def simulate(
         rules: How the plan treats uncertain costs.
         blocks: Residual blocks in memory.
         known: Whether the plan knows N from the start.
-        storage_limit: Most that fits on storage, where a snapshot takes 1.
-        block_nbytes: What a residual block takes there, in snapshots.
+        storage_limit: Most bytes on storage.
+        item_nbytes: What an item takes there; 1 if None.
         believed: What the plan takes the durations to be when it starts; the true ones if None.
         observe: Called with every action before it is performed.
 
@@ -265,7 +265,7 @@ def simulate(
     stock.block_write.add(believed.write(block))
     stock.block_read.add(believed.read(block))
     stock.storage_limit = storage_limit
-    stock.item_nbytes = {Kind.SNAPSHOT: 1, Kind.RESIDUALS: block_nbytes}
+    stock.item_nbytes = item_nbytes or stock.item_nbytes
     for action in _checked(AsynchronousPlan(stock, layout or Layout(), rules), observe):
         machine.perform(action)
     if machine.adjoint != 0:

@@ -75,6 +75,10 @@ class Outputs:
                 stack[step].copy_(leaf)
 
 
+Ends = Callable[[int, Leaves], bool]
+"""``ends(step, carry)``: whether the sequence ends before this step."""
+
+
 class RandomnessAppeared(Exception):
     """Steps began to draw random numbers after snapshots were laid out without their state."""
 
@@ -86,8 +90,9 @@ class ScanJob:
         stepper: Runs the step.
         init: Leaves of state 0; never modified.
         inputs: x of every step.
-        steps: N.
+        steps: N, or None.
         randomness: Noted before the first step ran.
+        ends: Where N is None, asked before every step of the forward sweep.
     """
 
     def __init__(
@@ -95,12 +100,15 @@ class ScanJob:
         stepper: EagerStep | CapturedSteps,
         init: Leaves,
         inputs: Inputs,
-        steps: int,
+        steps: int | None,
         randomness: Randomness,
+        *,
+        ends: Ends | None = None,
     ) -> None:
         self.stepper, self.inputs, self.steps = stepper, inputs, steps
         self.init = [leaf.detach() for leaf in init]
-        self.outputs = Outputs(steps)
+        self.outputs = Outputs(steps or 0)
+        self._ends = ends
         self.randomness = randomness
         self.carry: Leaves = []
         self._reached = 0
@@ -166,20 +174,26 @@ class ScanJob:
     # Steps -----------------------------------------------------------------------------------
 
     def advance(self, start: int, stop: int) -> int:
-        self.run_plainly(start, stop)
+        reached = self.run_plainly(start, stop)
         self._check_randomness()
-        return stop
+        return reached
 
-    def run_plainly(self, start: int, stop: int) -> None:
-        """Run steps that need never be run again."""
-        step, inputs, index = self.stepper, self.inputs, start
+    def _ends_before(self, index: int) -> bool:
+        return self._ends is not None and not self._turned and self._ends(index, self.carry)
+
+    def run_plainly(self, start: int, stop: int) -> int:
+        """Run steps that need never be run again; returns the state reached."""
+        step, inputs, index, ends = self.stepper, self.inputs, start, self._ends is not None
         try:
             for index in range(start, stop):
+                if ends and self._ends_before(index):
+                    return index
                 self.carry, y = step.advance(index, self.carry, inputs.leaves(index))
                 self._put(index, y)
         except Exception as error:
             _name_step(error, index)
             raise
+        return stop
 
     def _put(self, index: int, y: Leaves) -> None:
         if index >= self._reached:
@@ -236,6 +250,9 @@ class ScanJob:
         index = start
         try:
             for index in range(start, stop):
+                if self._ends_before(index):
+                    stop = index
+                    break
                 self.carry, y, number = steps.record(index, self.carry, self.inputs.leaves(index), block, index - start)
                 self._put(index, y)
                 numbers.append(number)
