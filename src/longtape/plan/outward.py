@@ -92,7 +92,8 @@ class ForwardSweep:
             if shelf.memory.get(key.step) is not Status.RESIDENT or key.step in shelf.stored:
                 continue  # given up, or written after all
             if not stock.has_room(key.kind) and (yield from self._thinning.make_room(key.kind)):
-                yield Write(key)
+                if shelf.memory.get(key.step) is Status.RESIDENT:  # and not what was given up for room
+                    yield Write(key)
                 continue
             self._failures += 1
             if self._failures == FAILURES_TO_GIVE_UP:

@@ -2,8 +2,8 @@
 
 Owns which stored item is given up for a new one.  Snapshots are thinned progressively:
 the leftmost one between two gaps g goes, and further ones are stored 2g apart; when
-none is left between two such gaps, g is doubled.  So gaps stay within a factor of two
-of each other, and room is made one item at a time.  While recorded windows take more
+none is left between two such gaps, g is doubled.  So gaps are g or 2g, but for
+an odd one left over when g was doubled, and room is made one item at a time.  While recorded windows take more
 than half of the room, the lowest of them goes instead, and is run again in reverse.
 """
 
