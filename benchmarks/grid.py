@@ -16,7 +16,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil, floor, inf
 from pathlib import Path
 from statistics import median
@@ -29,6 +29,7 @@ from longtape.plan.costs import Costs, Problem
 from longtape.plan.simulate import Speeds, simulate
 
 STATE = 1000
+RULES = replace(EXACT, deep=True)
 SLOTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 50, 64, 100)
 RATIOS = (0.25, 0.8, 1, 1.25, 1.5, 2.5, 3, 5, 10, 20, 33, 50, 100, 200, 500, 1000)
 ADJOINTS = (1.0, 2.0, 3.0, 4.0)
@@ -78,7 +79,7 @@ def examine(steps: int, slots: int, ratio: float, adjoint: float) -> Cell:
     costs = Costs(1.0, adjoint, write_bytes_per_second=STATE / ratio, read_bytes_per_second=STATE / ratio)
     choice = choose(problem, costs)
     speeds = Speeds(1.0, adjoint, lambda key: ratio, lambda key: ratio)
-    outcome = simulate(steps, choice.slots, speeds, layout=layout_of(choice, problem), rules=EXACT)
+    outcome = simulate(steps, choice.slots, speeds, layout=layout_of(choice, problem), rules=RULES)
     back = steps * adjoint
     return Cell(
         steps,
@@ -105,7 +106,7 @@ def _published(steps: int, slots: int, ratio: float) -> float:
     whole, rest = divmod(steps, spacing)
     again = whole * advances(spacing, slots - 1) + (advances(rest, slots - 1) if rest else 0)
     wait = max(0.0, ratio - spacing) * whole
-    return steps + again + wait
+    return steps + again + wait + repetitions((rest or spacing) + 1, slots - 1)
 
 
 def _synchronous(steps: int, slots: int, ratio: float) -> float:

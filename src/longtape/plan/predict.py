@@ -249,13 +249,14 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
     I = max(1, t_W/t_F), or `fixed`, in which case the forward sweep waits where storage
     does not keep up: t_W/I - t_F a window.  In reverse an interval of l windows costs
     a(l) advances, and stalls max(0, t_R - a(l)·t_F - l·t_B); with one slot nothing
-    overlaps and it stalls t_R.  A spacing between integers is a mixture of the two.
+    overlaps and it stalls t_R.  A spacing between integers is a mixture of the two; with a slot
+    to spare, which takes reads further ahead, what one interval has left over hides the next one's read.
     """
     ratio = job.write / job.advance
     spacing = float(min(max(1.0, ratio) if fixed is None else fixed, job.windows))
     below, above = floor(spacing + _ROUNDING), ceil(spacing - _ROUNDING)
     share_below = 1.0 if below == above else above - spacing
-    advanced = stalled = 0.0
+    advanced = stalled = spare = 0.0
     for length, share in ((below, share_below), (above, 1.0 - share_below)):
         if share <= 0.0:
             continue
@@ -263,6 +264,9 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
         hidden = again * job.advance + length * job.adjoint if slots > 1 else 0.0
         advanced += share * again
         stalled += share * max(0.0, job.read - hidden)
+        spare += share * (hidden - job.read)
+    if slots >= above + 2:
+        stalled = max(0.0, -spare)
     forward = 0.0 if fixed is None else max(0.0, job.write / spacing - job.advance)
     return Spaced(spacing, forward, advanced / spacing, stalled / spacing)
 
