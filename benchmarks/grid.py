@@ -58,6 +58,13 @@ class Cell:
         return self.predicted / self.simulated - 1.0
 
     @property
+    def meets_the_bound(self) -> bool:
+        """Slots for an interval and a read, and reads that hide behind the shortest interval, or a slot more."""
+        shortest = max(1, floor(self.ratio))
+        hides = self.ratio <= shortest - 1 + shortest * self.adjoint
+        return self.slots >= ceil(self.ratio) + 1 + (not hides)
+
+    @property
     def rival(self) -> float:
         """The best of the others."""
         return min(self.revolve, self.published, self.synchronous)
@@ -129,6 +136,7 @@ def summary(found: list[Cell]) -> dict[str, float | int]:
     errors = [abs(cell.error) for cell in found]
     worse = [cell.simulated / cell.rival - 1.0 for cell in found]
     near = [c.simulated / c.bound - 1.0 for c in found if c.slots >= ceil(c.ratio) + 1 and c.steps >= 1000]
+    hidden = [c.simulated / c.bound - 1.0 for c in found if c.meets_the_bound and c.steps >= 1000]
     return {
         "cells": len(found),
         "median_error": median(errors),
@@ -137,6 +145,10 @@ def summary(found: list[Cell]) -> dict[str, float | int]:
         "cells_worse_than_a_rival": sum(w > 1e-9 for w in worse),
         "worst_above_bound": max(near, default=0.0),
         "cells_with_the_bound": len(near),
+        "cells_2_percent_above_bound": sum(n > 0.02 for n in near),
+        "worst_above_bound_where_reads_hide": max(hidden, default=0.0),
+        "cells_where_reads_hide": len(hidden),
+        "cells_2_percent_above_bound_where_reads_hide": sum(n > 0.02 for n in hidden),
     }
 
 

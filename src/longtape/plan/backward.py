@@ -171,7 +171,7 @@ class ReverseSweep:
             window = self._course.restarts[index]
             if self._course.coming(window) or not self._course.stored(window):
                 continue
-            if len(self._course.stock.reads) >= MOST_READS_AHEAD:
+            if len(self._course.stock.reads) >= MOST_READS_AHEAD or shelf.available() <= needed:
                 return
             if shelf.free <= needed:
                 victim = shelf.evictable()
