@@ -37,12 +37,6 @@ ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
 """States at least this large are padded to whole pages, so that direct I/O needs no second copy of them."""
 
-LEAST_TO_PIN = 3
-"""Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.
-
-With fewer, storing would hardly be possible beside it.
-"""
-
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
 
@@ -181,6 +175,7 @@ class Run:
             residual_nbytes=traits.residual_nbytes,
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
+            pins_initial=not traits.initial_is_free,
         )
 
     def _room_on_disk(self) -> int | None:
@@ -259,10 +254,7 @@ class Run:
         if self.choice.schedule == "asynchronous" and staging is not None:
             layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
         free = self._traits.initial_is_free
-        # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
-        least = LEAST_TO_PIN if self.choice.record_fraction < 1.0 else 1
-        pinned = self.choice.uses_disk and self.choice.slots >= least and not free
-        return replace(layout, staging=staging, initial_is_free=free, pin_initial=pinned)
+        return replace(layout, staging=staging, initial_is_free=free)
 
     def _staging(self) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""

@@ -8,7 +8,7 @@ from math import inf
 from longtape.actions import Key, Kind
 from longtape.plan.asynchronous import Layout
 from longtape.plan.choose import Choice, choose
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
 
@@ -35,6 +35,8 @@ class Foresight:
 
 def layout_of(choice: Choice, problem: Problem) -> Layout:
     """The choice in the terms of the plan generator."""
+    # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
+    least = LEAST_TO_PIN if choice.record_fraction < 1.0 else 1
     return Layout(
         window=choice.window,
         tail=choice.tail,
@@ -43,6 +45,7 @@ def layout_of(choice: Choice, problem: Problem) -> Layout:
         record_fraction=choice.record_fraction,
         stores=choice.uses_disk,
         safety=safety_windows(problem, choice.window),
+        pin_initial=problem.pins_initial and choice.uses_disk and choice.slots >= least,
     )
 
 

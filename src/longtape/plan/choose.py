@@ -37,6 +37,7 @@ from longtape.plan.predict import (
     predict_recorded,
     predict_revolve,
     spaced,
+    working_slots,
 )
 from longtape.plan.recording import Recording, predict_residuals
 
@@ -301,8 +302,9 @@ def _promising(choices: list[Choice]) -> list[Choice]:
 
 def _spaced_choice(problem: Problem, costs: Costs, footprint: Footprint, fixed: int | None) -> Choice:
     job = pace(problem, costs, footprint)
-    interior = spaced(job, footprint.slots, fixed=fixed)
-    tail = 1 if problem.steps is None else best_tail(job, footprint.slots, interior)
+    slots = working_slots(problem, footprint)
+    interior = spaced(job, slots, fixed=fixed)
+    tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     return _choice(
         "asynchronous",
         footprint,
