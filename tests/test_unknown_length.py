@@ -4,13 +4,13 @@ import time
 
 import numpy as np
 import pytest
-from tests.faults.sweeps import storing_costs
 
 import longtape
 import longtape.plan.binomial
 from longtape.errors import StepError, UsageError
 from longtape.testing.tier_fakes import FailingTier
 from longtape.tiers.disk import DiskTier
+from tests.faults.sweeps import storing_costs
 
 SIZE = 1000
 STATE = 8 * SIZE

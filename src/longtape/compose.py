@@ -275,7 +275,9 @@ class Run:
             stock.forward.add(costs.forward)
         stock.reverse.add(costs.reverse)
         if self._tier is not None:
-            stock.item_nbytes = {k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))}
+            stock.item_nbytes = {
+                k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))
+            }
             if self._settings.disk_limit is not None:
                 stock.storage_limit = parse_bytes(self._settings.disk_limit)
             stock.write.add(costs.write_seconds(state))

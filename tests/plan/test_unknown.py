@@ -149,7 +149,9 @@ def test_the_cheapest_drop_is_the_cheapest(positions, spare):
     assert totals[cheapest_drop(restarts, slots)] == min(totals.values())
 
 
-@pytest.mark.parametrize(("slots", "worst"), [(1, 1.06), (2, 1.12), (3, 1.11), (5, 1.12), (10, 1.07), (20, 1.04), (50, 1.02)])
+@pytest.mark.parametrize(
+    ("slots", "worst"), [(1, 1.06), (2, 1.12), (3, 1.11), (5, 1.12), (10, 1.07), (20, 1.04), (50, 1.02)]
+)
 @pytest.mark.parametrize("free", [False, True])
 def test_memory_alone_is_close_to_the_offline_optimum(slots, worst, free):
     """t(N, s) + ρ(N+1, s) is the least with N known and the final state wanted."""

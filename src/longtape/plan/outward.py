@@ -291,9 +291,9 @@ class ForwardSweep:
         shelf = self._course.stock.residuals
         if shelf.free == 0 and shelf.evictable() is None:
             return False
-        if window == 0 or window - self._last_store >= self._course.layout.safety:
-            if window == 0 or (yield from self._thinning.make_room(Kind.SNAPSHOT)):
-                yield from self._try_store(window)
+        insured = window > 0 and window - self._last_store < self._course.layout.safety
+        if not insured and (window == 0 or (yield from self._thinning.make_room(Kind.SNAPSHOT))):
+            yield from self._try_store(window)
         return (yield from self._thinning.make_room(Kind.RESIDUALS))
 
     def _record(self, window: int) -> Actions:

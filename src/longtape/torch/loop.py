@@ -107,5 +107,7 @@ class _Ends:
         if isinstance(holds, torch.Tensor) and holds.numel() == 1:
             return not holds.item()
         if not isinstance(holds, bool):
-            raise StepError(f"cond must return a bool or a tensor of one element, not {type(holds).__name__}: {holds!r:.80}")
+            raise StepError(
+                f"cond must return a bool or a tensor of one element, not {type(holds).__name__}: {holds!r:.80}"
+            )
         return not holds
