@@ -25,7 +25,7 @@ from longtape.foresee import layout_of
 from longtape.measure import CodecSpeed, JobCosts, measure_codec, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.binomial import advances
-from longtape.plan.choose import Choice, choose
+from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
@@ -40,12 +40,6 @@ from longtape.tiers.pool import SlotPool
 ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
 """States at least this large are padded to whole pages, so that direct I/O needs no second copy of them."""
-
-LEAST_TO_PIN = 3
-"""Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.
-
-With fewer, storing would hardly be possible beside it.
-"""
 
 CODEC_ITEMS = 3
 """Items' worth of memory that a codec's buffers may take: two to make an item smaller, one to bring one back."""
@@ -120,7 +114,6 @@ class Run:
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Any other setting that cannot be honoured.
-        StorageError: Storage does not work, and the length is unknown, which cannot do without.
     """
 
     def __init__(
@@ -266,8 +259,6 @@ class Run:
 
     def _go_without_storage(self, error: OSError) -> None:
         """Storage failed before the run began: recompute within memory instead, and say so."""
-        if self._traits.steps is None:
-            raise error
         self._release_storage(_PATIENCE_SECONDS)
         self._tier = self._workers = None
         self._early_faults = (f"storage does not work and is not used: {error}",)
@@ -282,17 +273,29 @@ class Run:
 
     def _problem(self) -> Problem:
         traits = self._traits
-        limit = self._settings.disk_limit
         return Problem(
             steps=traits.steps,
             state_nbytes=self._item_nbytes(traits.state_nbytes),
             memory_nbytes=self.memory_nbytes,
             has_disk=self._tier is not None,
-            disk_nbytes=None if limit is None else parse_bytes(limit),
+            disk_nbytes=self._room_on_disk(),
             residual_nbytes=traits.residual_nbytes,
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
+            pins_initial=not traits.initial_is_free,
         )
+
+    def _room_on_disk(self) -> int | None:
+        """The stated limit, less what the headers of snapshots take of it."""
+        if self._settings.disk_limit is None:
+            return None
+        limit, state = parse_bytes(self._settings.disk_limit), self._item_nbytes(self._traits.state_nbytes)
+        return limit // self._stored_nbytes(state) * state
+
+    def _stored_nbytes(self, nbytes: int) -> int:
+        """What an item of so many bytes takes on storage."""
+        of_tier = getattr(self._tier, "item_nbytes", None)
+        return nbytes if of_tier is None else int(of_tier(nbytes))
 
     def _measure(self, job: JobCosts) -> Costs:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
@@ -357,10 +360,7 @@ class Run:
         if self.choice.schedule == "asynchronous" and staging is not None:
             layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
         free = self._traits.initial_is_free
-        # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
-        least = LEAST_TO_PIN if self.choice.record_fraction < 1.0 else 1
-        pinned = self.choice.uses_disk and self.choice.slots >= least and not free
-        return replace(layout, staging=staging, initial_is_free=free, pin_initial=pinned)
+        return replace(layout, staging=staging, initial_is_free=free)
 
     def _staging(self) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""
@@ -382,6 +382,11 @@ class Run:
         if not self._traits.reverse_is_assumed:
             stock.reverse.add(costs.reverse)
         if self._tier is not None:
+            stock.item_nbytes = {
+                k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))
+            }
+            if self._settings.disk_limit is not None:
+                stock.storage_limit = parse_bytes(self._settings.disk_limit)
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
             stock.block_write.add(costs.write_seconds(block))
@@ -647,6 +652,8 @@ class Run:
     def predicted(self) -> Quantities:
         """What the plan says the run will take."""
         prediction, steps = self.choice.prediction, self._stock.steps or 0
+        if self._traits.steps is None and steps:  # the plan was made for a length that was only assumed
+            prediction = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
         return Quantities(
             seconds=prediction.time_seconds,
             peak_memory_bytes=prediction.peak_memory_bytes,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from longtape.actions import Key, Kind
 from longtape.plan.asynchronous import Layout
 from longtape.plan.choose import Choice, choose
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
 
@@ -51,6 +52,8 @@ class Foresight:
 
 def layout_of(choice: Choice, problem: Problem) -> Layout:
     """The choice in the terms of the plan generator."""
+    # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
+    least = LEAST_TO_PIN if choice.record_fraction < 1.0 else 1
     return Layout(
         window=choice.window,
         tail=choice.tail,
@@ -60,6 +63,7 @@ def layout_of(choice: Choice, problem: Problem) -> Layout:
         plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,
         stores=choice.uses_disk,
         safety=safety_windows(problem, choice.window),
+        pin_initial=problem.pins_initial and choice.uses_disk and choice.slots >= least,
     )
 
 
@@ -134,7 +138,17 @@ def replay(foresight: Foresight) -> Outcome:
         costs.pull_back,
     )
     layout = layout_of(choice, problem)
-    return simulate(steps, choice.slots, speeds, layout=layout, blocks=choice.blocks, known=problem.steps is not None)
+    limit = inf if problem.disk_nbytes is None else problem.disk_nbytes
+    return simulate(
+        steps,
+        choice.slots,
+        speeds,
+        layout=layout,
+        blocks=choice.blocks,
+        known=problem.steps is not None,
+        storage_limit=limit,
+        item_nbytes={Kind.SNAPSHOT: problem.state_nbytes, Kind.RESIDUALS: block},
+    )
 
 
 def time_against_memory(problem: Problem, costs: Costs, *, points: int = 24) -> list[tuple[str, int, float]]:

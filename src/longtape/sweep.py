@@ -34,6 +34,9 @@ Array = npt.NDArray[Any]
 TINY_SECONDS = 20e-6
 """A step shorter than this is worth less than deciding about it on its own."""
 
+LONG = 10_000
+"""Steps from which on that matters."""
+
 MOST_ROWS = 64
 """Steps of a window whose states are kept beside the slots, within the budget."""
 
@@ -74,7 +77,11 @@ class Model(Protocol):
     """The live buffers, which hold state 0 when the sweep is made."""
 
     def advance(self, start: int, stop: int) -> Any:
-        """Run steps ``start … stop-1`` on the buffers."""
+        """Run steps ``start … stop-1`` on the buffers.
+
+        In a sweep with ``steps=None``, return the state reached: `stop`, or less where the sequence
+        has ended, which may be `start` itself.  (`advance_into` then returns False, and makes no step.)
+        """
 
     def reverse(self, start: int, stop: int) -> Any:
         """The buffers hold state `start`: take the adjoint of steps ``stop-1 … start``."""
@@ -135,10 +142,21 @@ class _InPlaceJob:
         for array, kept in zip(self.model.state, initial, strict=True):
             np.copyto(array, kept, casting="no")
 
+    may_end = False
+    """Whether it is the model that says where the sequence ends: in the forward sweep of a length not known."""
+
     def advance(self, start: int, stop: int) -> int:
-        self.model.advance(start, stop)
-        self._step = stop
-        return stop
+        reached = self.model.advance(start, stop)
+        self._step = self._checked_end(reached, start, stop) if self.may_end else stop
+        return self._step
+
+    def _checked_end(self, reached: Any, start: int, stop: int) -> int:
+        if isinstance(reached, bool) or not isinstance(reached, (int, np.integer)) or not start <= reached <= stop:
+            raise StepError(
+                f"advance({start}, {stop}) returned {reached!r}; with steps=None it must return the state reached, "
+                f"which is {stop} unless the sequence ends before"
+            )
+        return int(reached)
 
     def reverse(self, start: int, stop: int) -> None:
         if self._rows and stop > start + 1:
@@ -180,7 +198,7 @@ class _InPlaceJob:
         raise NotImplementedError
 
     def turn(self) -> None:
-        pass
+        self.may_end = False
 
     def record(self, start: int, stop: int, slot: Slot) -> int:
         for step, residuals in zip(range(start, stop), self._residuals(slot), strict=False):
@@ -244,7 +262,9 @@ class _OutOfPlaceJob(_InPlaceJob):
         fields, own = self._fields, self._own
         for step in range(start, stop):
             target = own[1] if self._current is own[0] else own[0]
-            self.model.advance_into(step, fields.views(self._current), fields.views(target))
+            stepped = self.model.advance_into(step, fields.views(self._current), fields.views(target))
+            if self.may_end and stepped is False:
+                return step
             self._current = target
         return stop
 
@@ -276,6 +296,7 @@ class _OutOfPlaceJob(_InPlaceJob):
         return self._fields.views(self._current)
 
     def turn(self) -> None:
+        super().turn()
         for array, kept in zip(self.model.state, self._fields.views(self._current), strict=True):
             if array is not kept:
                 np.copyto(array, kept, casting="no")
@@ -342,7 +363,7 @@ class Sweep:
 
     Args:
         model: See `Model`; its buffers hold state 0.
-        steps: N, at least 1.
+        steps: N, at least 1; None if only the model knows where the sequence ends (see `Model.advance`).
         memory: Most bytes held for snapshots at any moment, such as ``"4GiB"`` or an
             integer.  The model's own buffers are not counted.
         disk: Directory for a private scratch file, or None to recompute in memory only.
@@ -376,7 +397,7 @@ class Sweep:
     def __init__(
         self,
         model: Any,
-        steps: int,
+        steps: int | None,
         *,
         memory: int | str,
         disk: str | os.PathLike[str] | None = None,
@@ -388,14 +409,17 @@ class Sweep:
         stuck_seconds: float = 30.0,
         compress: str | None = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise UsageError(f"steps must be an integer of at least 1, not {steps!r}")
+        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+            raise UsageError(f"steps must be an integer of at least 1, or None, not {steps!r}")
         fields = _checked_fields(model)
         if verify:
             refuse_lossy_verification(compress)
         records = _can_record(model)
+        if records and steps is None:
+            raise UsageError("a model that records does not say where it ends; give steps, or leave out record")
         out_of_place = not records and hasattr(model, "advance_into") and hasattr(model, "reverse_from")
         self._job = _JOBS[out_of_place, verify](model, fields)
+        self._job.may_end = steps is None
         self._steps, self._nbytes = steps, fields.nbytes
         estimate = _checked_seconds(model)
         measured = None if costs is not None else self._measure(estimate)
@@ -434,12 +458,13 @@ class Sweep:
 
     def _steps_are_tiny(self, measured: JobCosts | None) -> bool:
         """Whether deciding step by step would cost more than the steps: then whole windows are reversed at once."""
-        return measured is not None and self._steps >= 10_000 and measured.forward < TINY_SECONDS
+        is_long = self._steps is None or self._steps >= LONG
+        return measured is not None and is_long and measured.forward < TINY_SECONDS
 
     def _measure(self, reverse: float | None) -> JobCosts:
         """Time a few first steps, and put state 0 back."""
         initial = self._job.initial()
-        return _time_steps(self._job, initial, self._steps, reverse)
+        return _time_steps(self._job, initial, LONG if self._steps is None else self._steps, reverse)
 
     @property
     def plan(self) -> Choice:
@@ -512,10 +537,11 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int, reverse: flo
     clock = time.perf_counter
 
     def run(count: int) -> float:
+        """Seconds a step."""
         job.reset(initial)
         began = clock()
-        job.advance(0, count)
-        return clock() - began
+        reached = job.advance(0, count)
+        return (clock() - began) / max(1, reached)
 
     def busy() -> None:
         run(count)
@@ -526,7 +552,7 @@ def _time_steps(job: _InPlaceJob, initial: list[Array], steps: int, reverse: flo
     count = 1
     try:
         run(1)  # the first call may compile
-        while (seconds := run(count)) < 2e-3 and count * 4 <= steps:
+        while (seconds := run(count)) * count < 2e-3 and count * 4 <= steps:
             count *= 4
         forward = median([seconds, run(count), run(count)]) / count
         record = _time_records(job, initial, steps) if _can_record(job.model) else None

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers, close_aside
-from longtape.errors import PlanError, StorageError
+from longtape.errors import PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
 from longtape.protocols import Observer, Pool, Slot, Tier
 
@@ -141,6 +141,7 @@ class Mover:
             self.written[key.kind].failures += 1
             self._fault(f"{key} could not be stored: {error}")
             self.stock.end_write(key, ok=False)
+            self._note_full(error)
             return
         self.stored_nbytes += slot.data.nbytes
         self.peak_stored_nbytes = max(self.peak_stored_nbytes, self.stored_nbytes)
@@ -207,6 +208,8 @@ class Mover:
             self._submit(Transfer(key, transfer.slot, is_write=False, is_repeat=True))
             return
         (self._settle_write if transfer.is_write else self._settle_read)(key, ok=ok, seconds=transfer.seconds)
+        if transfer.is_write:
+            self._note_full(transfer.error)
 
     def _is_worth_repeating(self, transfer: Transfer) -> bool:
         """A failed read whose item is still wanted is tried once more: not every failure is for good."""
@@ -229,6 +232,10 @@ class Mover:
             self._vacate(key)
         if freed or not ok:
             self._release(key)
+
+    def _note_full(self, error: Exception | None) -> None:
+        if isinstance(error, StorageFull):
+            self.stock.found_full()
 
     def _settle_read(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
         if self.stock.end_read(key, ok=ok, seconds=seconds):

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from math import inf
 
 from longtape.actions import Key, Kind
 from longtape.errors import PlanError
@@ -135,6 +136,12 @@ class Stock:
         """Items that a failed transfer has cost, for whoever reports it."""
         self.failed: list[Key] = []
         """Items whose write failed and which are therefore in memory only, until the plan deals with them."""
+        self.item_nbytes: Mapping[Kind, int] = {Kind.SNAPSHOT: 1, Kind.RESIDUALS: 1}
+        """What an item takes on storage."""
+        self.storage_limit = inf
+        """Most bytes on storage: as stated, or less where it was found full."""
+        self.writes_ended = 0
+        """Writes that ended well."""
         self._writing_since = 0.0
 
     def shelf(self, kind: Kind) -> Shelf:
@@ -157,6 +164,15 @@ class Stock:
     def unwritten(self, kind: Kind) -> int:
         """Items of this kind in memory whose write has not ended."""
         return sum(1 for key in self.writes if key.kind is kind)
+
+    def occupied(self) -> int:
+        """Bytes on storage, writes under way included."""
+        shelves = (self.snapshots, self.residuals)
+        return sum((len(shelf.stored) + self.unwritten(shelf.kind)) * self.item_nbytes[shelf.kind] for shelf in shelves)
+
+    def has_room(self, kind: Kind) -> bool:
+        """Whether one more item may go to storage."""
+        return self.storage_limit == inf or self.occupied() + self.item_nbytes[kind] <= self.storage_limit
 
     # What the one who runs the plan reports ------------------------------------------------
 
@@ -193,6 +209,7 @@ class Stock:
             shelf.remove(key.step)
             return True
         if ok:
+            self.writes_ended += 1
             shelf.stored.add(key.step)
         else:
             self.failed.append(key)
@@ -213,6 +230,12 @@ class Stock:
             self.lost.append(key)
         shelf.remove(key.step)
         return True
+
+    def found_full(self) -> None:
+        """Storage had no room for an item beside those it holds; with none on it, that tells nothing of its size."""
+        occupied = self.occupied()
+        if occupied:
+            self.storage_limit = min(self.storage_limit, occupied)
 
     def free(self, key: Key, *, cancelled: bool = False) -> bool:
         """The plan gave up an item's memory; tells whether the slot is free at once.

@@ -33,6 +33,7 @@ _checked: WeakKeyDictionary[CapturedStep, str | None] = WeakKeyDictionary()
 
 def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves, compiled: bool) -> CapturedStep:
     """The graphs of this step for leaves of these shapes, from an earlier call where there was one."""
+    step = getattr(step, "users_step", step)  # what a loop makes of it shares its code with all others
     owner = getattr(step, "__func__", step)
     like = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     key = (getattr(owner, "__code__", type(step)), carry.spec, carry.present, x.spec, x.present, like, compiled)

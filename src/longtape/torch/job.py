@@ -85,6 +85,10 @@ class Outputs:
                 stack[step].copy_(leaf)
 
 
+Ends = Callable[[int, Leaves], bool]
+"""``ends(step, carry)``: whether the sequence ends before this step."""
+
+
 class RandomnessAppeared(Exception):
     """Steps began to draw random numbers after snapshots were laid out without their state."""
 
@@ -96,8 +100,9 @@ class ScanJob:
         stepper: Runs the step.
         init: Leaves of state 0; never modified.
         inputs: x of every step.
-        steps: N.
+        steps: N, or None.
         randomness: Noted before the first step ran.
+        ends: Where N is None, asked before every step of the forward sweep.
     """
 
     def __init__(
@@ -105,12 +110,15 @@ class ScanJob:
         stepper: EagerStep | CapturedSteps,
         init: Leaves,
         inputs: Inputs,
-        steps: int,
+        steps: int | None,
         randomness: Randomness,
+        *,
+        ends: Ends | None = None,
     ) -> None:
         self.stepper, self.inputs, self.steps = stepper, inputs, steps
         self.init = [leaf.detach() for leaf in init]
-        self.outputs = Outputs(steps)
+        self.outputs = Outputs(steps or 0)
+        self._ends = ends
         self.randomness = randomness
         self.carry: Leaves = []
         self._reached = 0
@@ -179,20 +187,26 @@ class ScanJob:
     # Steps -----------------------------------------------------------------------------------
 
     def advance(self, start: int, stop: int) -> int:
-        self.run_plainly(start, stop)
+        reached = self.run_plainly(start, stop)
         self._check_randomness()
-        return stop
+        return reached
 
-    def run_plainly(self, start: int, stop: int) -> None:
-        """Run steps that need never be run again."""
-        step, inputs, index = self.stepper, self.inputs, start
+    def _ends_before(self, index: int) -> bool:
+        return self._ends is not None and not self._turned and self._ends(index, self.carry)
+
+    def run_plainly(self, start: int, stop: int) -> int:
+        """Run steps that need never be run again; returns the state reached."""
+        step, inputs, index, ends = self.stepper, self.inputs, start, self._ends is not None
         try:
             for index in range(start, stop):
+                if ends and self._ends_before(index):
+                    return index
                 self.carry, y = step.advance(index, self.carry, inputs.leaves(index))
                 self._put(index, y)
         except Exception as error:
             _name_step(error, index)
             raise
+        return stop
 
     def _put(self, index: int, y: Leaves) -> None:
         """A step has run: the working carry is state `index` + 1."""
@@ -256,6 +270,9 @@ class ScanJob:
         index = start
         try:
             for index in range(start, stop):
+                if self._ends_before(index):
+                    stop = index
+                    break
                 self.carry, y, number = steps.record(index, self.carry, self.inputs.leaves(index), block, index - start)
                 self._put(index, y)
                 numbers.append(number)
@@ -376,11 +393,12 @@ class ScanJob:
         """An item of the job's own data: the residuals of some first steps, or a state a few steps on."""
         self.load_initial()
         steps = self.stepper
+        known = 1 if self.steps is None else self.steps  # of an unknown length, one step at least
         if not isinstance(steps, CapturedSteps):
-            for index in range(min(self.steps, MOST_SAMPLED)):
+            for index in range(min(known, MOST_SAMPLED)):
                 self.carry, _ = steps.advance(index, self.carry, self.inputs.leaves(index))
             return Kind.SNAPSHOT, self.save(Slot(np.zeros(self.layout().nbytes, np.uint8))).data
-        count = max(1, min(self.steps, MOST_SAMPLED, SAMPLE_NBYTES // max(1, steps.stride_nbytes)))
+        count = max(1, min(known, MOST_SAMPLED, SAMPLE_NBYTES // max(1, steps.stride_nbytes)))
         data, block = steps.spare(count)
         for index in range(count):
             self.carry, _, _ = steps.record(index, self.carry, self.inputs.leaves(index), block, index)
@@ -474,14 +492,15 @@ class VerifiedScanJob(ScanJob):
         stepper: EagerStep | CapturedSteps,
         init: Leaves,
         inputs: Inputs,
-        steps: int,
+        steps: int | None,
         randomness: Randomness,
         *,
         names: Sequence[str],
+        ends: Ends | None = None,
     ) -> None:
         self._witness = Witness(names.__getitem__)
         self._loaded = True
-        super().__init__(stepper, init, inputs, steps, randomness)
+        super().__init__(stepper, init, inputs, steps, randomness, ends=ends)
 
     @property
     def states_verified(self) -> int:

@@ -26,13 +26,15 @@ from longtape.torch.captured import CapturedSteps
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
-from longtape.torch.job import Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
 from longtape.torch.structure import Leaves, Structure, flatten, paths
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 CAPTURED_FROM = 256
 """Steps from which on it pays to spend the seconds that capturing a step takes."""
+
+_MANY_STEPS = 1 << 20
 
 MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
@@ -141,7 +143,7 @@ def scan(
         compress=compress,
         stuck_seconds=stuck_seconds,
     )
-    call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
+    call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
     call.names = paths(init, "carry") if verify else None
     call.captures = steps >= CAPTURED_FROM if capture is None and not compile else capture is not False
     call.exactly = capture is None and not compile
@@ -149,11 +151,15 @@ def scan(
     return call.run()
 
 
-class _Call:
-    """One call of `scan`: what is needed to run its sweeps, again if must be."""
+class Call:
+    """One call of `scan`, or of what is built upon it: what is needed to run its sweeps, again if must be."""
 
     captures = False
     """Whether to run captured graphs; turned off for good where the step cannot be captured."""
+
+    title = "scan"
+    ends: Ends | None = None
+    """Tells from the carry whether the sequence ends before a step; where its length is not known."""
 
     names: Sequence[str] | None = None
     """What the leaves of the carry are called, where states are to be verified."""
@@ -169,7 +175,7 @@ class _Call:
         init: Leaves,
         carry: Structure,
         inputs: Inputs,
-        steps: int,
+        steps: int | None,
         settings: Settings,
         hooks: Hooks,
     ) -> None:
@@ -207,7 +213,10 @@ class _Call:
         else:
             stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
         given = (stepper, self.init, self.inputs, self.steps, self._randomness)
-        job = ScanJob(*given) if self.names is None else VerifiedScanJob(*given, names=self.names)
+        if self.names is None:
+            job = ScanJob(*given, ends=self.ends)
+        else:
+            job = VerifiedScanJob(*given, ends=self.ends, names=self.names)
         job.layout()
         return job
 
@@ -219,13 +228,16 @@ class _Call:
         assert isinstance(job.stepper, EagerStep)
         if not torch.is_grad_enabled():
             job.stepper.closures = None
-            job.run_plainly(0, self.steps)
+            self._run_plainly(job, 0)
             return True
         watched = job.stepper.closures
         assert watched is not None
         watched.strict = False
-        for start, stop in (0, 1), (1, self.steps):
-            job.run_plainly(start, stop)
+        for start in (0, 1):
+            if start == 0:
+                job.run_plainly(0, 1)
+            else:
+                self._run_plainly(job, 1)
             if watched.tensors():
                 # Whatever was changed in place, the sweeps would now begin with it.
                 if watched.broken is not None:
@@ -233,6 +245,14 @@ class _Call:
                 self._randomness.note()
                 return False
         return True
+
+    def _run_plainly(self, job: ScanJob, start: int) -> None:
+        """Run all steps from one on, to the end wherever that is."""
+        if self.steps is not None:
+            job.run_plainly(start, self.steps)
+            return
+        while job.run_plainly(start, start + _MANY_STEPS) == start + _MANY_STEPS:
+            start += _MANY_STEPS
 
     def _results(self, job: ScanJob, carry: Leaves, ys: Leaves) -> tuple[Any, Any]:
         assert job.stepper.y is not None
@@ -279,13 +299,13 @@ class _Call:
             if self._settings.compress is not None and parse_codec(self._settings.compress).bound is not None:
                 job.round_blocks()
             traits = Traits(
-                title="scan",
+                title=self.title,
                 steps=self.steps,
                 state_nbytes=max(1, layout.nbytes),
                 residual_nbytes=job.stepper.stride_nbytes if isinstance(job.stepper, CapturedSteps) else None,
                 residual_head_nbytes=job.stepper.block_nbytes(0) if isinstance(job.stepper, CapturedSteps) else 0,
                 tape_nbytes=job.tape_nbytes,
-                max_window=1 if records else min(self.steps, 256),
+                max_window=1 if records else min(self.steps or _MANY_STEPS, 256),
                 initial_is_free=True,
                 notes=tuple(self._notes),
                 floats=job.floats,
@@ -360,7 +380,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, results: Leaves, outside: Leaves, *given: torch.Tensor
+        ctx: Any, call: Call, results: Leaves, outside: Leaves, *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -373,7 +393,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
         given = ctx.saved_tensors[: len(wants)]
-        call: _Call = ctx.call
+        call: Call = ctx.call
         count = len(call.init)
         with torch.no_grad():
             found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
