@@ -1,0 +1,525 @@
+"""Devito operators: a forward operator, a reverse operator, wavefields and a budget in, the gradient out.
+
+Owns what has to be known of Devito: which time levels of a wavefield an operator reads
+and writes, where a level lies in the cyclic time buffer (level t at ``t % n``), and how
+an operator is run on other memory than its own.  Everything else is a run's.
+
+With τ the time index of a Devito loop, let the forward operator write level τ+w of a
+wavefield and read down to τ-r, and the reverse operator read levels τ+a … τ+b of it.
+
+* The *state* before time τ is levels τ-r … τ+w-1 (τ+a … if that is lower), which for a
+  wave equation of second order is two of the three levels of the buffer.
+* A time buffer of n levels can be reversed through c = n - (b-a) times in one call of
+  the reverse operator.  One step of the plan is c times, a *stride*.
+* The *residuals* of a stride are the buffer when it holds levels τ+a … τ+c-1+b: all n of
+  them, and for a reverse operator that reads one level (a = b) one a time step, each
+  once.  The reverse operator is run on the memory they were kept in.
+
+Operators are called through ctypes, which releases the GIL, so that storage works
+meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from devito import Operator, TimeFunction
+from devito.ir import Expression, FindNodes
+from devito.symbolics import retrieve_indexed
+
+from longtape.compose import Run, Settings, Traits
+from longtape.engine.trace import Trace
+from longtape.errors import StepError, UsageError
+from longtape.layout import Fields
+from longtape.measure import JobCosts
+from longtape.plan.choose import Choice
+from longtape.plan.costs import Costs
+from longtape.protocols import Observer, Slot, Tier
+from longtape.report import Report
+
+__all__ = ["Sweep"]
+
+Array = npt.NDArray[Any]
+
+_ALIGNMENT = 64
+"""Bytes; generated code takes its arrays to be so aligned."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """What an operator does to a function: time levels relative to the loop's time."""
+
+    reads: frozenset[int]
+    writes: frozenset[int]
+
+
+class _Kernel:
+    """A compiled operator with all its arguments, run over ranges of time.
+
+    `values` are arguments in order; another list of them runs it on other memory.
+    """
+
+    def __init__(self, operator: Any, arguments: Mapping[str, Any]) -> None:
+        self.operator, self._given = operator, dict(arguments)
+        self.name: str = operator.name
+        dimensions = list({d.root for d in operator.dimensions if d.is_Time})
+        if len(dimensions) != 1:
+            raise UsageError(f"operator {self.name} must loop over one time dimension; it has {len(dimensions)}")
+        self.time = dimensions[0]
+        prepared = operator.arguments(**self._given)
+        names = [parameter.name for parameter in operator.parameters]
+        self._from, self._to = names.index(self.time.min_name), names.index(self.time.max_name)
+        self.first, self.last = int(prepared[self.time.min_name]), int(prepared[self.time.max_name])
+        self.arrays = {
+            name: np.asarray(value._obj.underlying_array)
+            for name, value in prepared.items()
+            if hasattr(getattr(value, "_obj", None), "underlying_array")
+        }
+        self.values = [prepared[name] for name in names]
+        self._names = names
+        self.expressions = _expressions(operator)
+        self._function = operator.cfunction
+
+    def with_arrays(self, arrays: Mapping[str, Array]) -> list[Any]:
+        """Arguments with some arrays replaced by others of the same shape and dtype, aligned to `_ALIGNMENT`."""
+        values = list(self.values)
+        for name, array in arrays.items():
+            place = self._names.index(name)
+            old = values[place]._obj
+            new = type(old).from_buffer_copy(old)
+            new.data = array.ctypes.data
+            new.underlying_array, new.owner_of_sizes = array, old  # both must outlive the structure
+            values[place] = ctypes.byref(new)
+        return values
+
+    def with_copies(self, besides: Iterable[str] = ()) -> list[Any]:
+        """Arguments with copies of the arrays that the operator writes: what it does then is not seen."""
+        written = {function.name for function in self.written()} - set(besides)
+        return self.with_arrays({name: _aligned_copy(self.arrays[name]) for name in written if name in self.arrays})
+
+    def run(self, first: int, last: int, values: list[Any]) -> None:
+        """Run over times `first` … `last`; nothing where there are none."""
+        if first > last:
+            return
+        values[self._from], values[self._to] = first, last
+        code = self._function(*values)
+        if code:
+            raise RuntimeError(f"operator {self.name} returned {code} at times {first} to {last}")
+
+    # What it accesses ------------------------------------------------------------------------
+
+    def written(self) -> list[Any]:
+        """The functions it writes, each once."""
+        found = {e.write.name: e.write for e in self.expressions if e.write is not None and _has_data(e.write)}
+        return list(found.values())
+
+    def read(self) -> set[str]:
+        """Names of the functions whose values it uses; adding to one is not using it."""
+        return {i.function.name for e in self.expressions for i in retrieve_indexed(e.expr.rhs)}
+
+    def added_to(self) -> set[str]:
+        """Names of the functions it only ever adds to."""
+        plain = {e.write.name for e in self.expressions if e.write is not None and not e.is_reduction}
+        return {e.write.name for e in self.expressions if e.write is not None and e.is_reduction} - plain
+
+    def access(self, name: str) -> _Access:
+        """The time levels of a function that it reads and writes."""
+        reads: set[int] = set()
+        writes: set[int] = set()
+        added: set[int] = set()
+        for expression in self.expressions:
+            left = expression.expr.lhs
+            if getattr(left, "function", None) is not None and left.function.name == name and left.is_Indexed:
+                (added if expression.is_reduction else writes).add(self._level(left))
+            reads.update(self._level(i) for i in retrieve_indexed(expression.expr.rhs) if i.function.name == name)
+        return _Access(frozenset(reads | (added - writes)), frozenset(writes | added))
+
+    def _level(self, indexed: Any) -> int:
+        index = indexed.indices[0]
+        try:
+            return int(index.offset - self.time)
+        except (AttributeError, TypeError):
+            raise UsageError(
+                f"operator {self.name} accesses {indexed}, and its time level cannot be told from {index}; "
+                "wavefields must be indexed by time plus a whole number"
+            ) from None
+
+
+def _aligned_copy(array: Array) -> Array:
+    room = np.empty(array.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    np.copyto(copy, array)
+    return copy
+
+
+def _expressions(operator: Any) -> list[Any]:
+    roots = [operator, *(entry.root for entry in operator._func_table.values() if entry.root is not None)]
+    return [expression for root in roots for expression in FindNodes(Expression).visit(root)]
+
+
+def _has_data(function: Any) -> bool:
+    return bool(getattr(function, "is_DiscreteFunction", False)) and not getattr(function, "is_TempFunction", False)
+
+
+class _Wavefield:
+    """One wavefield: its time buffer, the levels that make up its state, and those the reverse operator reads."""
+
+    def __init__(self, function: Any, forward: _Kernel, reverse: _Kernel) -> None:
+        self.name: str = function.name
+        name = self.name
+        if not isinstance(function, TimeFunction):
+            raise UsageError(f"wavefields must be TimeFunctions, not {type(function).__name__} ({name})")
+        for kernel in (forward, reverse):
+            if name not in kernel.arrays:
+                raise UsageError(f"operator {kernel.name} does not have the wavefield {name}; leave it out")
+        self.buffer = forward.arrays[name]
+        self.levels = len(self.buffer)
+        if function.save is not None and self.levels > forward.last - forward.first + 1:
+            raise UsageError(f"wavefield {name} saves every time step; it must have a time buffer: leave out save=")
+        if not np.shares_memory(self.buffer, reverse.arrays[name]):
+            raise UsageError(f"operators {forward.name} and {reverse.name} must be given the same {name}")
+        ahead, behind = forward.access(name), reverse.access(name)
+        if not ahead.writes:
+            raise UsageError(f"operator {forward.name} does not update the wavefield {name}; leave it out")
+        if behind.writes:
+            raise UsageError(f"operator {reverse.name} writes the wavefield {name}, which it may only read")
+        self.newest = max(ahead.writes)
+        self.reads = behind.reads
+        self.lowest = min(behind.reads, default=0)
+        self.highest = max(behind.reads, default=0)
+        oldest = min([*ahead.reads, *behind.reads, self.newest - 1])
+        self.state = range(oldest, self.newest)
+        self.stride = self.levels - (self.highest - self.lowest) if behind.reads else 1 << 30
+        if self.highest > self.newest or len(self.state) > self.levels or self.stride < 1:
+            needed = max(len(self.state), self.newest - self.lowest)
+            raise UsageError(
+                f"operator {reverse.name} reads {name} at times {self.lowest:+d} to {self.highest:+d}, which a time "
+                f"buffer of {self.levels} levels, written at {self.newest:+d}, does not hold together; give {name} "
+                f"save=Buffer({max(needed, self.levels) + 1}), say"
+            )
+
+    def at(self, moment: int) -> list[Array]:
+        """The levels that are the state before a time."""
+        return [self.buffer[(moment + level) % self.levels] for level in self.state]
+
+
+class _OperatorsJob:
+    """Forward and reverse operator as a job; its steps are strides of the time buffer."""
+
+    def __init__(self, forward: _Kernel, reverse: _Kernel, wavefields: Sequence[_Wavefield], stride: int) -> None:
+        self._forward, self._reverse = forward, reverse
+        self._fields, self._stride = wavefields, stride
+        self._read = [field for field in wavefields if field.reads]
+        self._steps = -(-(forward.last - forward.first + 1) // stride)
+        self._ahead, self._back = forward.values, reverse.values
+        self._state = Fields([*(level.nbytes for f in wavefields for level in f.at(0)), 8])
+        self._residuals = Fields([field.buffer.nbytes for field in self._read])
+        self._at = 0
+
+    @property
+    def steps(self) -> int:
+        """Strides."""
+        return self._steps
+
+    @property
+    def state_nbytes(self) -> int:
+        return self._state.nbytes
+
+    @property
+    def residual_nbytes(self) -> int:
+        return self._padded
+
+    @property
+    def _padded(self) -> int:
+        return -(-self._residuals.nbytes // 64) * 64
+
+    def _first(self, step: int) -> int:
+        return self._forward.first + step * self._stride
+
+    def _last(self, step: int) -> int:
+        return min(self._first(step + 1) - 1, self._forward.last)
+
+    # Steps -----------------------------------------------------------------------------------
+
+    def advance(self, start: int, stop: int) -> int:
+        self._forward.run(self._first(start), self._last(stop - 1), self._ahead)
+        self._at = stop
+        return stop
+
+    def turn(self) -> None:
+        # Steps that are run again must not add to, nor overwrite, what the forward sweep left in other functions.
+        self._ahead = self._forward.with_copies(besides=[field.name for field in self._fields])
+
+    def reverse(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            if stop > start + 1:
+                raise UsageError("without residuals, one stride is reversed at a time")
+            done = self._first(step)
+            for moment in sorted({self._ready(field, step) for field in self._read}):
+                self._forward.run(done, moment, self._ahead)
+                done = max(done, moment + 1)
+            self._reverse.run(self._first(step), self._last(step), self._back)
+
+    def _ready(self, field: _Wavefield, step: int) -> int:
+        """The time after which the buffer holds just the levels that reversing the stride reads."""
+        return self._last(step) + field.highest - field.newest
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        for index, step in enumerate(range(start, stop)):
+            parts = self._blocks(slot, index)[0]
+            done = self._first(step)
+            for moment in sorted({self._ready(field, step) for field in self._read}):
+                self._forward.run(done, moment, self._ahead)
+                done = max(done, moment + 1)
+                for field, part in zip(self._read, parts, strict=True):
+                    if self._ready(field, step) == moment:
+                        np.copyto(part, field.buffer)
+            self._forward.run(done, self._last(step), self._ahead)
+        self._at = stop
+        return stop
+
+    def pull_back(self, start: int, stop: int, slot: Slot) -> None:
+        for step in range(stop - 1, start - 1, -1):
+            values = self._blocks(slot, step - start)[1]
+            self._reverse.run(self._first(step), self._last(step), values)
+
+    def _blocks(self, slot: Slot, index: int) -> tuple[list[Array], list[Any]]:
+        """The buffers of one stride in a slot, and the reverse operator's arguments for running on them."""
+        if slot.views is None:
+            slot.views = {}
+        if index not in slot.views:
+            data = slot.data[index * self._padded : (index + 1) * self._padded]
+            parts = [
+                part.view(field.buffer.dtype).reshape(field.buffer.shape)
+                for field, part in zip(self._read, self._residuals.split(data), strict=True)
+            ]
+            arrays = {field.name: part for field, part in zip(self._read, parts, strict=True)}
+            slot.views[index] = parts, self._reverse.with_arrays(arrays)
+        return slot.views[index]  # type: ignore[no-any-return]
+
+    # State -----------------------------------------------------------------------------------
+
+    def _live(self, step: int) -> list[Array]:
+        moment = self._first(step)
+        return [level for field in self._fields for level in field.at(moment)]
+
+    def _views(self, slot: Slot) -> tuple[list[Array], Array]:
+        if slot.views is None:
+            *parts, step = self._state.split(slot.data)
+            levels = [part.view(a.dtype).reshape(a.shape) for part, a in zip(parts, self._live(0), strict=True)]
+            slot.views = levels, step.view(np.int64)
+        return slot.views  # type: ignore[no-any-return]
+
+    def save(self, slot: Slot) -> Slot:
+        levels, step = self._views(slot)
+        for kept, live in zip(levels, self._live(self._at), strict=True):
+            np.copyto(kept, live)
+        step[0] = self._at
+        return slot
+
+    def load(self, slot: Slot) -> None:
+        levels, step = self._views(slot)
+        self._at = int(step[0])
+        for kept, live in zip(levels, self._live(self._at), strict=True):
+            np.copyto(live, kept)
+
+    def yield_slot(self, slot: Slot) -> Slot:
+        return slot
+
+    def adopt(self, slots: list[Slot]) -> None:
+        raise NotImplementedError
+
+    def load_initial(self) -> None:
+        raise NotImplementedError
+
+    # Measuring -------------------------------------------------------------------------------
+
+    def measure(self) -> JobCosts:
+        """Time a stride forward and in reverse, on copies: nothing is seen of it."""
+        first, last, clock = self._first(0), self._last(0), time.perf_counter
+        forward, reverse = self._forward.with_copies(), self._reverse.with_copies()
+        spare = [np.empty_like(field.buffer) for field in self._read]
+
+        def copy() -> None:
+            for target, field in zip(spare, self._read, strict=True):
+                np.copyto(target, field.buffer)
+
+        def seconds(kernel: _Kernel, values: list[Any]) -> float:
+            kernel.run(first, last, values)  # what is used for the first time is slow
+            times = []
+            for _ in range(3):
+                began = clock()
+                kernel.run(first, last, values)
+                times.append(clock() - began)
+            return min(times)
+
+        ahead, back = seconds(self._forward, forward), seconds(self._reverse, reverse)
+        copy()
+        began = clock()
+        copy()
+        copied = clock() - began
+        again = max((self._ready(field, 0) - first + 1 for field in self._read), default=0) / (last - first + 1)
+        return JobCosts(
+            forward=ahead,
+            reverse=back + max(0.0, again) * ahead,
+            record=ahead + copied,
+            pull_back=back,
+            busy=lambda: self._forward.run(first, last, forward),
+        )
+
+
+class Sweep:
+    """A forward operator run over all times, and a reverse operator back, within a memory budget.
+
+    The operators are Devito's own, written with time buffers (no ``save=``) as if the
+    whole of each wavefield were there in reverse.  Both run over the same times.
+
+    Args:
+        forward: Updates the wavefields from one time to the next.
+        reverse: Goes back in time; reads the wavefields and writes what the caller wants
+            of it, such as an adjoint wavefield and a gradient.
+        wavefields: Every TimeFunction that `forward` updates.
+        memory: Most bytes held at any moment beside the operators' own arrays, such as ``"4GiB"``.
+        disk: Directory for a private scratch file, or None to recompute in memory only.
+        disk_limit: Most bytes of it.
+        forward_args: What ``forward.apply`` would be given, such as ``{"dt": dt, "src": src}``.
+        reverse_args: What ``reverse.apply`` would be given.  Values of their arrays may
+            change until `reverse` is called, the arrays may not.
+        observers: Objects with `on_action` and `on_transfer`, called as things happen.
+        tier: Storage to use in place of a scratch file.
+        costs: Times to plan with, such as `costs` of an earlier sweep through the same
+            operators; measured when None, without touching the operators' arrays.
+
+    Raises:
+        BudgetError: `memory` cannot hold one state.
+        UsageError: Operators or wavefields that do not fit together, and any other
+            argument that cannot be honoured.
+
+    Example::
+
+        sweep = longtape.devito.Sweep(forward, gradient, [u], memory="1GiB", disk="/scratch",
+                                      forward_args={"dt": dt}, reverse_args={"dt": dt, "rec": residual})
+        sweep.forward()
+        residual.data[:] = rec.data - observed
+        sweep.reverse()
+    """
+
+    def __init__(
+        self,
+        forward: Operator,
+        reverse: Operator,
+        wavefields: Sequence[TimeFunction],
+        *,
+        memory: int | str,
+        disk: str | os.PathLike[str] | None = None,
+        disk_limit: int | str | None = None,
+        forward_args: Mapping[str, Any] | None = None,
+        reverse_args: Mapping[str, Any] | None = None,
+        observers: Iterable[Observer] = (),
+        tier: Tier | None = None,
+        costs: Costs | None = None,
+    ) -> None:
+        if not wavefields:
+            raise UsageError("give the TimeFunctions that the forward operator updates as wavefields")
+        own = {function.name: function for function in wavefields}
+        ahead = _Kernel(forward, {**own, **(forward_args or {})})
+        back = _Kernel(reverse, _known(reverse, own) | dict(reverse_args or {}))
+        if (ahead.first, ahead.last) != (back.first, back.last):
+            raise UsageError(
+                f"{ahead.name} runs over times {ahead.first} to {ahead.last}, {back.name} over {back.first} to "
+                f"{back.last}; they must be the same: give {ahead.time.min_name} and {ahead.time.max_name} to both"
+            )
+        if ahead.last < ahead.first:
+            raise UsageError(f"{ahead.name} would run over no time at all: {ahead.first} to {ahead.last}")
+        fields = [_Wavefield(function, ahead, back) for function in wavefields]
+        _check_complete(ahead, own)
+        stride = min(min(field.stride for field in fields), ahead.last - ahead.first + 1)
+        self._job = _OperatorsJob(ahead, back, fields, stride)
+        can_record = self._job.residual_nbytes > 0
+        traits = Traits(
+            title=f"{ahead.name} and {back.name}",
+            steps=self._job.steps,
+            state_nbytes=self._job.state_nbytes,
+            residual_nbytes=self._job.residual_nbytes if can_record else None,
+            notes=(f"a step is {stride} time steps, which the time buffer holds at once",) if stride > 1 else (),
+        )
+        settings = Settings(
+            memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs
+        )
+        self._run = Run(self._job, traits, settings, measure=None if costs is not None else self._job.measure)
+
+    @property
+    def plan(self) -> Choice:
+        """The chosen plan, with predicted time and bytes.  Its steps are strides of the time buffer."""
+        return self._run.choice
+
+    @property
+    def costs(self) -> Costs:
+        """The times that it was chosen with, for further sweeps through operators as costly."""
+        return self._run.costs
+
+    @property
+    def report(self) -> Report:
+        """Predicted against measured, once `reverse` has ended."""
+        return self._run.report
+
+    @property
+    def trace(self) -> Trace:
+        """What happened when."""
+        return self._run.trace
+
+    def forward(self) -> None:
+        """Run the forward operator over all times; the wavefields and all it writes are then as after `apply`."""
+        self._run.forward()
+
+    def reverse(self) -> None:
+        """Run the reverse operator over all times; the wavefields then hold no particular state.
+
+        What else the forward operator writes, such as receivers, is left as `forward` left it.
+        """
+        self._run.reverse()
+
+    def close(self) -> None:
+        """Give up a sweep that is not wanted any more; `reverse` does so by itself."""
+        self._run.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _known(operator: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
+    """Those functions that the operator has."""
+    names = {parameter.name for parameter in operator.parameters}
+    return {name: function for name, function in functions.items() if name in names}
+
+
+def _check_complete(forward: _Kernel, wavefields: Mapping[str, Any]) -> None:
+    """Whatever a step takes over from the step before must be among the wavefields."""
+    read, added = forward.read(), forward.added_to()
+    for function in forward.written():
+        name = function.name
+        if name in wavefields:
+            continue
+        saved = bool(getattr(function, "is_TimeFunction", False)) and getattr(function, "save", None) is not None
+        is_sparse = bool(getattr(function, "is_SparseTimeFunction", False))
+        if name in read and not saved and not is_sparse and name not in added:
+            access = forward.access(name) if getattr(function, "is_TimeFunction", False) else None
+            if access is None or access.reads - access.writes:
+                raise StepError(
+                    f"operator {forward.name} updates {name} and reads what the time before left in it, so it is part "
+                    "of the state; give it as one of the wavefields (a TimeFunction)"
+                )
