@@ -94,14 +94,14 @@ class Acoustic:
         self.v = devito.TimeFunction(name="v", grid=grid, time_order=2, space_order=space_order)
         self.gradient = devito.Function(name="grad", grid=grid)
         self.src = devito.SparseTimeFunction(name="src", grid=grid, npoint=1, nt=times)
-        self.src.coordinates.data[:] = [spacing * n / 2 for n in shape]
+        self.src.coordinates.data[:] = [*(spacing * n / 2 for n in shape[:-1]), 4 * spacing]
         self.src.data[:, 0] = _ricker(np.arange(times) * self.dt, 0.02)
         self.rec, self.residual = (
             devito.SparseTimeFunction(name=name, grid=grid, npoint=16, nt=times) for name in ("rec", "residual")
         )
         for receivers in (self.rec, self.residual):
-            receivers.coordinates.data[:] = 3 * spacing
-            receivers.coordinates.data[:, 0] = np.linspace(3, shape[0] - 4, 16) * spacing
+            receivers.coordinates.data[:] = self.src.coordinates.data[0]
+            receivers.coordinates.data[:, 0] = np.linspace(3 / 8, 5 / 8, 16) * shape[0] * spacing
         s, u, v = grid.stepping_dim.spacing, self.u, self.v
         ahead = devito.solve(m * u.dt2 - u.laplace + damp * u.dt, u.forward)
         back = devito.solve(m * v.dt2 - v.laplace + damp * v.dt.T, v.backward)

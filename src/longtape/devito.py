@@ -88,9 +88,9 @@ class _Kernel:
         self.expressions = _expressions(operator)
         self._function = operator.cfunction
 
-    def with_arrays(self, arrays: Mapping[str, Array]) -> list[Any]:
+    def with_arrays(self, arrays: Mapping[str, Array], values: list[Any] | None = None) -> list[Any]:
         """Arguments with some arrays replaced by others of the same shape and dtype, aligned to `_ALIGNMENT`."""
-        values = list(self.values)
+        values = list(self.values if values is None else values)
         for name, array in arrays.items():
             place = self._names.index(name)
             old = values[place]._obj
@@ -194,36 +194,74 @@ class _Wavefield:
             raise UsageError(f"operator {reverse.name} writes the wavefield {name}, which it may only read")
         self.newest = max(ahead.writes)
         self.reads = behind.reads
-        self.lowest = min(behind.reads, default=0)
-        self.highest = max(behind.reads, default=0)
-        oldest = min([*ahead.reads, *behind.reads, self.newest - 1])
-        self.state = range(oldest, self.newest)
-        self.stride = self.levels - (self.highest - self.lowest) if behind.reads else 1 << 30
-        if self.highest > self.newest or len(self.state) > self.levels or self.stride < 1:
-            needed = max(len(self.state), self.newest - self.lowest)
+        self.state = range(min([*ahead.reads, *behind.reads, self.newest - 1]), self.newest)
+
+    def at(self, moment: int, buffer: Array | None = None) -> list[Array]:
+        """The levels that are the state before a time, in the wavefield's own buffer or in another."""
+        buffer = self.buffer if buffer is None else buffer
+        return [buffer[(moment + level) % self.levels] for level in self.state]
+
+
+class _Window:
+    """The time levels that the reverse operator reads, of all wavefields alike, and how many times that bridges."""
+
+    def __init__(self, fields: Sequence[_Wavefield], reverse: _Kernel) -> None:
+        read = [field for field in fields if field.reads] or list(fields)
+        levels = {level for field in read for level in field.reads} or {0}
+        self.lowest, self.highest = min(levels), max(levels)
+        newest = {field.newest for field in read}
+        self.written = min(newest)
+        self.is_even = len(newest) == 1
+        """All wavefields hold just what is read at the same time, so that buffers can be kept whole."""
+        buffer = min(field.levels for field in read)
+        missing = max(field.newest for field in read) - self.lowest
+        self.stride = buffer - (self.highest - self.lowest) - (max(newest) - min(newest))
+        if self.highest > self.written or missing > buffer or self.stride < 1:
             raise UsageError(
-                f"operator {reverse.name} reads {name} at times {self.lowest:+d} to {self.highest:+d}, which a time "
-                f"buffer of {self.levels} levels, written at {self.newest:+d}, does not hold together; give {name} "
-                f"save=Buffer({max(needed, self.levels) + 1}), say"
+                f"operator {reverse.name} reads {', '.join(field.name for field in read)} at times {self.lowest:+d} to "
+                f"{self.highest:+d}, which a time buffer of {buffer} levels, written at {max(newest):+d}, does not "
+                f"hold together; give the wavefields save=Buffer({max(missing, self.highest - self.lowest + 1) + 1}), say"
             )
 
-    def at(self, moment: int) -> list[Array]:
-        """The levels that are the state before a time."""
-        return [self.buffer[(moment + level) % self.levels] for level in self.state]
+    def ready(self, last: int) -> int:
+        """The time after which the buffers hold what reversing up to time `last` reads."""
+        return last + self.highest - self.written
+
+
+@dataclass(slots=True)
+class _Place:
+    """Time buffers of the wavefields that are read in reverse, and the operators' arguments for running on them."""
+
+    buffers: list[Array]
+    ahead: list[Any]
+    back: list[Any]
 
 
 class _OperatorsJob:
-    """Forward and reverse operator as a job; its steps are strides of the time buffer."""
+    """Forward and reverse operator as a job; its steps are strides of the time buffer.
 
-    def __init__(self, forward: _Kernel, reverse: _Kernel, wavefields: Sequence[_Wavefield], stride: int) -> None:
+    A stride is recorded by running it in the buffers that are kept.  The next one is
+    recorded into other buffers: only the state is copied there.  So after `record` the
+    working state may be in kept buffers, and a few times short of the end of the stride;
+    `_settle` brings it home when anything else is to be done with it.  What was recorded
+    last is not overwritten before, for only `record` fills buffers in the forward sweep,
+    and in the reverse sweep they are kept until their adjoint has been taken.
+    """
+
+    def __init__(
+        self, forward: _Kernel, reverse: _Kernel, wavefields: Sequence[_Wavefield], window: _Window, stride: int
+    ) -> None:
         self._forward, self._reverse = forward, reverse
-        self._fields, self._stride = wavefields, stride
+        self._fields, self._window, self._stride = wavefields, window, stride
         self._read = [field for field in wavefields if field.reads]
         self._steps = -(-(forward.last - forward.first + 1) // stride)
-        self._ahead, self._back = forward.values, reverse.values
+        self._outputs = forward.values
         self._state = Fields([*(level.nbytes for f in wavefields for level in f.at(0)), 8])
         self._residuals = Fields([field.buffer.nbytes for field in self._read])
-        self._at = 0
+        self._home = _Place([field.buffer for field in self._read], forward.values, reverse.values)
+        self._turned = False
+        # The working state is in the buffers `_place`, just before time `_moment`; `_at` is the step it stands for.
+        self._place, self._moment, self._at = self._home, forward.first, 0
 
     @property
     def steps(self) -> int:
@@ -236,75 +274,83 @@ class _OperatorsJob:
 
     @property
     def residual_nbytes(self) -> int:
-        return self._padded
-
-    @property
-    def _padded(self) -> int:
-        return -(-self._residuals.nbytes // 64) * 64
+        """Of a stride; every one starts aligned."""
+        return -(-self._residuals.nbytes // _ALIGNMENT) * _ALIGNMENT
 
     def _first(self, step: int) -> int:
-        return self._forward.first + step * self._stride
+        """Time at which a stride begins; N strides end where the next would begin."""
+        return min(self._forward.first + step * self._stride, self._forward.last + 1)
 
     def _last(self, step: int) -> int:
-        return min(self._first(step + 1) - 1, self._forward.last)
+        return self._first(step + 1) - 1
 
     # Steps -----------------------------------------------------------------------------------
 
     def advance(self, start: int, stop: int) -> int:
-        self._forward.run(self._first(start), self._last(stop - 1), self._ahead)
-        self._at = stop
+        self._settle()
+        self._forward.run(self._moment, self._last(stop - 1), self._home.ahead)
+        self._at, self._moment = stop, self._first(stop)
         return stop
 
+    def _settle(self) -> None:
+        """Bring the working state to the wavefields' own buffers, and to the end of its stride."""
+        self._move(self._home)
+        self._forward.run(self._moment, self._first(self._at) - 1, self._home.ahead)
+        self._moment = self._first(self._at)
+
+    def _move(self, place: _Place) -> None:
+        """Go on in other buffers."""
+        for field, target, source in zip(self._read, place.buffers, self._place.buffers, strict=True):
+            if target is not source:
+                for new, old in zip(field.at(self._moment, target), field.at(self._moment, source), strict=True):
+                    np.copyto(new, old)
+        self._place = place
+
     def turn(self) -> None:
+        self._settle()
         # Steps that are run again must not add to, nor overwrite, what the forward sweep left in other functions.
-        self._ahead = self._forward.with_copies(besides=[field.name for field in self._fields])
+        self._outputs = self._forward.with_copies(besides=[field.name for field in self._fields])
+        self._home.ahead = self._outputs
+        self._turned = True
 
     def reverse(self, start: int, stop: int) -> None:
-        for step in range(start, stop):
-            if stop > start + 1:
-                raise UsageError("without residuals, one stride is reversed at a time")
-            done = self._first(step)
-            for moment in sorted({self._ready(field, step) for field in self._read}):
-                self._forward.run(done, moment, self._ahead)
-                done = max(done, moment + 1)
-            self._reverse.run(self._first(step), self._last(step), self._back)
-
-    def _ready(self, field: _Wavefield, step: int) -> int:
-        """The time after which the buffer holds just the levels that reversing the stride reads."""
-        return self._last(step) + field.highest - field.newest
+        if stop != start + 1:
+            raise UsageError("without residuals, one stride is reversed at a time")
+        first, last = self._first(start), self._last(start)
+        self._settle()
+        self._forward.run(first, self._window.ready(last), self._home.ahead)
+        self._reverse.run(first, last, self._home.back)
 
     def record(self, start: int, stop: int, slot: Slot) -> int:
-        for index, step in enumerate(range(start, stop)):
-            parts = self._blocks(slot, index)[0]
-            done = self._first(step)
-            for moment in sorted({self._ready(field, step) for field in self._read}):
-                self._forward.run(done, moment, self._ahead)
-                done = max(done, moment + 1)
-                for field, part in zip(self._read, parts, strict=True):
-                    if self._ready(field, step) == moment:
-                        np.copyto(part, field.buffer)
-            self._forward.run(done, self._last(step), self._ahead)
-        self._at = stop
+        for step in range(start, stop):
+            place = self._block(slot, step - start)
+            self._move(place)
+            ready = self._window.ready(self._last(step))
+            if ready >= self._moment:
+                self._forward.run(self._moment, ready, place.ahead)
+                self._moment = ready + 1
+            self._at = step + 1
         return stop
 
     def pull_back(self, start: int, stop: int, slot: Slot) -> None:
         for step in range(stop - 1, start - 1, -1):
-            values = self._blocks(slot, step - start)[1]
-            self._reverse.run(self._first(step), self._last(step), values)
+            self._reverse.run(self._first(step), self._last(step), self._block(slot, step - start).back)
 
-    def _blocks(self, slot: Slot, index: int) -> tuple[list[Array], list[Any]]:
-        """The buffers of one stride in a slot, and the reverse operator's arguments for running on them."""
+    def _block(self, slot: Slot, index: int) -> _Place:
+        """The buffers of one stride in a slot."""
         if slot.views is None:
             slot.views = {}
-        if index not in slot.views:
-            data = slot.data[index * self._padded : (index + 1) * self._padded]
+        found = slot.views.get((index, self._turned))
+        if found is None:
+            data = slot.data[index * self.residual_nbytes : (index + 1) * self.residual_nbytes]
             parts = [
                 part.view(field.buffer.dtype).reshape(field.buffer.shape)
                 for field, part in zip(self._read, self._residuals.split(data), strict=True)
             ]
             arrays = {field.name: part for field, part in zip(self._read, parts, strict=True)}
-            slot.views[index] = parts, self._reverse.with_arrays(arrays)
-        return slot.views[index]  # type: ignore[no-any-return]
+            ahead = self._forward.with_arrays(arrays, self._outputs)
+            found = slot.views[index, self._turned] = _Place(parts, ahead, self._reverse.with_arrays(arrays))
+        return found  # type: ignore[no-any-return]
 
     # State -----------------------------------------------------------------------------------
 
@@ -320,6 +366,7 @@ class _OperatorsJob:
         return slot.views  # type: ignore[no-any-return]
 
     def save(self, slot: Slot) -> Slot:
+        self._settle()
         levels, step = self._views(slot)
         for kept, live in zip(levels, self._live(self._at), strict=True):
             np.copyto(kept, live)
@@ -329,6 +376,7 @@ class _OperatorsJob:
     def load(self, slot: Slot) -> None:
         levels, step = self._views(slot)
         self._at = int(step[0])
+        self._place, self._moment = self._home, self._first(self._at)
         for kept, live in zip(levels, self._live(self._at), strict=True):
             np.copyto(live, kept)
 
@@ -347,11 +395,12 @@ class _OperatorsJob:
         """Time a stride forward and in reverse, on copies: nothing is seen of it."""
         first, last, clock = self._first(0), self._last(0), time.perf_counter
         forward, reverse = self._forward.with_copies(), self._reverse.with_copies()
-        spare = [np.empty_like(field.buffer) for field in self._read]
+        levels = [level for field in self._read for level in field.at(first)]
+        spare = [np.empty_like(level) for level in levels]
 
         def copy() -> None:
-            for target, field in zip(spare, self._read, strict=True):
-                np.copyto(target, field.buffer)
+            for target, level in zip(spare, levels, strict=True):
+                np.copyto(target, level)
 
         def seconds(kernel: _Kernel, values: list[Any]) -> float:
             kernel.run(first, last, values)  # what is used for the first time is slow
@@ -367,10 +416,10 @@ class _OperatorsJob:
         began = clock()
         copy()
         copied = clock() - began
-        again = max((self._ready(field, 0) - first + 1 for field in self._read), default=0) / (last - first + 1)
+        again = max(0, self._window.ready(last) - first + 1) / (last - first + 1)
         return JobCosts(
             forward=ahead,
-            reverse=back + max(0.0, again) * ahead,
+            reverse=back + again * ahead,
             record=ahead + copied,
             pull_back=back,
             busy=lambda: self._forward.run(first, last, forward),
@@ -442,9 +491,10 @@ class Sweep:
             raise UsageError(f"{ahead.name} would run over no time at all: {ahead.first} to {ahead.last}")
         fields = [_Wavefield(function, ahead, back) for function in wavefields]
         _check_complete(ahead, own)
-        stride = min(min(field.stride for field in fields), ahead.last - ahead.first + 1)
-        self._job = _OperatorsJob(ahead, back, fields, stride)
-        can_record = self._job.residual_nbytes > 0
+        window = _Window(fields, back)
+        stride = min(window.stride, ahead.last - ahead.first + 1)
+        self._job = _OperatorsJob(ahead, back, fields, window, stride)
+        can_record = window.is_even and self._job.residual_nbytes > 0
         traits = Traits(
             title=f"{ahead.name} and {back.name}",
             steps=self._job.steps,
