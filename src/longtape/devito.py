@@ -86,6 +86,7 @@ class _Kernel:
         self.values = [prepared[name] for name in names]
         self._names = names
         self.expressions = _expressions(operator)
+        self._ranges = _time_ranges(operator, self.time)
         self._function = operator.cfunction
 
     def with_arrays(self, arrays: Mapping[str, Array], values: list[Any] | None = None) -> list[Any]:
@@ -143,14 +144,33 @@ class _Kernel:
         return _Access(frozenset(reads | (added - writes)), frozenset(writes | added))
 
     def _level(self, indexed: Any) -> int:
-        index = indexed.indices[0]
+        """The level an access means.  Its index tells it modulo the buffer's length, the data space its range."""
+        name, levels = indexed.function.name, len(self.arrays[indexed.function.name])
+        lowest, highest = self._ranges[name]
         try:
-            return int(index.offset - self.time)
+            offset = int(indexed.indices[0].offset - self.time)
         except (AttributeError, TypeError):
             raise UsageError(
-                f"operator {self.name} accesses {indexed}, and its time level cannot be told from {index}; "
-                "wavefields must be indexed by time plus a whole number"
+                f"operator {self.name} accesses {indexed}, whose time level cannot be told; "
+                "wavefields must have a time buffer, and be indexed by time plus a whole number"
             ) from None
+        level = lowest + (offset - lowest) % levels
+        if highest - lowest >= levels or level > highest:
+            raise UsageError(
+                f"operator {self.name} accesses {name} at times {lowest:+d} to {highest:+d}, which a time buffer of "
+                f"{levels} levels does not hold together; give {name} save=Buffer({highest - lowest + 2})"
+            )
+        return level
+
+
+def _time_ranges(operator: Any, dimension: Any) -> dict[str, tuple[int, int]]:
+    """For each function that varies in time, the lowest and highest time it is accessed at, relative to the loop's."""
+    found = {}
+    for function, intervals in operator._dspace.parts.items():
+        for interval in intervals:
+            if interval.dim.is_Time and interval.dim.root is dimension:
+                found[function.name] = int(interval.lower), int(interval.upper)
+    return found
 
 
 def _aligned_copy(array: Array) -> Array:
@@ -178,14 +198,11 @@ class _Wavefield:
         name = self.name
         if not isinstance(function, TimeFunction):
             raise UsageError(f"wavefields must be TimeFunctions, not {type(function).__name__} ({name})")
-        for kernel in (forward, reverse):
-            if name not in kernel.arrays:
-                raise UsageError(f"operator {kernel.name} does not have the wavefield {name}; leave it out")
         self.buffer = forward.arrays[name]
         self.levels = len(self.buffer)
         if function.save is not None and self.levels > forward.last - forward.first + 1:
             raise UsageError(f"wavefield {name} saves every time step; it must have a time buffer: leave out save=")
-        if not np.shares_memory(self.buffer, reverse.arrays[name]):
+        if name in reverse.arrays and not np.shares_memory(self.buffer, reverse.arrays[name]):
             raise UsageError(f"operators {forward.name} and {reverse.name} must be given the same {name}")
         ahead, behind = forward.access(name), reverse.access(name)
         if not ahead.writes:
@@ -220,7 +237,7 @@ class _Window:
             raise UsageError(
                 f"operator {reverse.name} reads {', '.join(field.name for field in read)} at times {self.lowest:+d} to "
                 f"{self.highest:+d}, which a time buffer of {buffer} levels, written at {max(newest):+d}, does not "
-                f"hold together; give the wavefields save=Buffer({max(missing, self.highest - self.lowest + 1) + 1}), say"
+                f"hold together; give the wavefields save=Buffer({1 + max(missing, self.highest - self.lowest + 1)})"
             )
 
     def ready(self, last: int) -> int:
@@ -480,6 +497,7 @@ class Sweep:
         if not wavefields:
             raise UsageError("give the TimeFunctions that the forward operator updates as wavefields")
         own = {function.name: function for function in wavefields}
+        _check_names(forward, own)
         ahead = _Kernel(forward, {**own, **(forward_args or {})})
         back = _Kernel(reverse, _known(reverse, own) | dict(reverse_args or {}))
         if (ahead.first, ahead.last) != (back.first, back.last):
@@ -549,6 +567,12 @@ class Sweep:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_names(forward: Any, wavefields: Mapping[str, Any]) -> None:
+    known = {parameter.name for parameter in forward.parameters}
+    if strays := [name for name in wavefields if name not in known]:
+        raise UsageError(f"operator {forward.name} does not have the wavefield {', '.join(strays)}; leave it out")
 
 
 def _known(operator: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
