@@ -191,7 +191,7 @@ def save_all(size: Size) -> Outcome:
 
 
 def pyrevolve(size: Size, states: int | None) -> Outcome:
-    """pyrevolve through Devito's checkpointing, with so many checkpoints; None: its default."""
+    """Pyrevolve through Devito's checkpointing, with so many checkpoints; None: its default."""
     import pyrevolve as package
 
     problem, operators = _wrapped(size)

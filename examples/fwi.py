@@ -2,7 +2,7 @@
 
     python examples/fwi.py                     2-D, some minutes; pictures in fwi.png
     python examples/fwi.py --short             a small model, seconds
-    python examples/fwi.py --three-d           3-D: states of 36 MiB, see --help for its size
+    python examples/fwi.py --three-d           3-D: states of 43 MiB, see --help for its size
 
 The model is the squared slowness m in s²/km².  For each shot the wave equation
 
@@ -49,8 +49,12 @@ class Survey:
     """Grid points of absorbing boundary on each side."""
 
 
-SHORT = Survey(shape=(71, 51), shots=2, receivers=36, seconds=0.7, frequency=12.0, iterations=2, memory="600KiB", rim=15)
-THREE_D = Survey(shape=(121, 121, 91), spacing=0.015, shots=2, receivers=121, seconds=1.5, iterations=1, memory="400MiB")
+SHORT = Survey(
+    shape=(71, 51), shots=2, receivers=36, seconds=0.7, frequency=12.0, iterations=2, memory="600KiB", rim=15
+)
+THREE_D = Survey(
+    shape=(121, 121, 91), spacing=0.015, shots=2, receivers=121, seconds=1.5, iterations=1, memory="400MiB"
+)
 
 
 def layers(shape: Sequence[int]) -> Field:
@@ -145,7 +149,9 @@ class Experiment:
 
     def misfit(self, observed: Sequence[Field]) -> float:
         """Half the sum of squares over all shots."""
-        return sum(0.5 * float(np.sum((self.shoot(k) - data).astype(np.float64) ** 2)) for k, data in enumerate(observed))
+        return sum(
+            0.5 * float(np.sum((self.shoot(k) - data).astype(np.float64) ** 2)) for k, data in enumerate(observed)
+        )
 
     def misfit_and_gradient(self, observed: Sequence[Field]) -> tuple[float, Field]:
         """The misfit, and its gradient with respect to m."""
@@ -267,9 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Acoustic full-waveform inversion")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--short", action="store_true", help="a small 2-D model")
-    size.add_argument(
-        "--three-d", action="store_true", help=f"{THREE_D.shape} points and a rim, {THREE_D.shots} shots; half an hour"
-    )
+    size.add_argument("--three-d", action="store_true", help=f"{THREE_D.shape} points and a rim, {THREE_D.shots} shots")
     parser.add_argument("--disk", help="directory for the scratch file; default: the system's")
     parser.add_argument("--picture", type=Path, default=Path("fwi.png"))
     arguments = parser.parse_args()

@@ -27,12 +27,12 @@ pytestmark = [
 ]
 
 import devito  # noqa: E402
-from benchmarks.devito_acoustic import Acoustic  # noqa: E402
 from devito import Buffer, Eq, Function, Grid, Inc, Operator, TimeFunction  # noqa: E402
 
 import longtape  # noqa: E402
 import longtape.devito  # noqa: E402
 import longtape.pyrevolve as lp  # noqa: E402
+from benchmarks.devito_acoustic import Acoustic  # noqa: E402
 from longtape.testing.tier_fakes import FailingTier  # noqa: E402
 from longtape.tiers.disk import DiskTier  # noqa: E402
 
@@ -153,7 +153,7 @@ def test_costs_can_be_used_again() -> None:
 
 
 def diffusion(reads: tuple[int, ...], levels: int | None, save: int | None = None) -> tuple[Any, ...]:
-    """u' = u + a·lap(u) of first order in time; the reverse operator adds up products of levels."""
+    """Diffusion, u + a·lap(u), of first order in time; the reverse operator adds up products of levels."""
     devito.configuration["log-level"] = "ERROR"
     grid = Grid(shape=(24, 24), extent=(23.0, 23.0), dtype=np.float32)
     kept = {"save": save} if save else {"save": Buffer(levels)} if levels else {}
@@ -169,7 +169,11 @@ def diffusion(reads: tuple[int, ...], levels: int | None, save: int | None = Non
     return u, ahead, back, grad, weight
 
 
-@pytest.mark.parametrize(("reads", "levels"), [((0,), None), ((0, 1), None), ((1,), None), ((1,), 5), ((-1, 1), 3), ((-1,), 4)])
+CASES = [((0,), None), ((0, 1), None), ((1,), None), ((1,), 5), ((-1, 1), 3), ((-1,), 4)]
+"""Levels that the reverse operator reads, and those of the buffer."""
+
+
+@pytest.mark.parametrize(("reads", "levels"), CASES)
 def test_first_order_in_time_and_other_levels(reads: tuple[int, ...], levels: int | None) -> None:
     steps = 60
     times = {"time_m": 1, "time_M": steps}
@@ -208,6 +212,22 @@ def test_what_the_forward_operator_adds_up_is_added_once() -> None:
     assert np.array_equal(problem.result(), reference()[0])
 
 
+def test_inversion_example(scratch: Path) -> None:
+    """The misfit falls, and the model comes closer to the true one."""
+    path = Path(__file__).parents[1] / "examples" / "fwi.py"
+    spec = importlib.util.spec_from_file_location("fwi", path)
+    assert spec is not None
+    assert spec.loader is not None
+    fwi = importlib.util.module_from_spec(spec)
+    sys.modules["fwi"] = fwi
+    spec.loader.exec_module(fwi)
+    result = fwi.invert(fwi.SHORT, str(scratch))
+    assert result.misfits == sorted(result.misfits, reverse=True)
+    assert result.misfits[-1] < 0.5 * result.misfits[0]
+    error = [np.linalg.norm(model - result.true) for model in (result.start, result.found)]
+    assert error[1] < error[0]
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 
@@ -242,7 +262,7 @@ def test_a_wavefield_that_is_left_out() -> None:
 
 
 def test_a_buffer_that_is_too_short() -> None:
-    u, ahead, back, *_ = diffusion((1, 0), None)
+    u, ahead, *_ = diffusion((1, 0), None)
     backward = Operator([Inc(Function(name="g", grid=u.grid), u * u.backward * u.forward)], name="Old")
     times = {"time_m": 1, "time_M": 9}
     with pytest.raises(longtape.UsageError, match=r"Old accesses u at times -1 to \+1.*save=Buffer\(4\)"):

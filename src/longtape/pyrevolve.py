@@ -68,6 +68,9 @@ Array = npt.NDArray[Any]
 STATES_BESIDE_DISK = 4
 """States in memory where only disk was asked for: one each to keep, to write, to read and to reverse from."""
 
+_NAMES: dict[type, str] = {Advance: "advance", Store: "takeshot", Restore: "restore", Reverse: "reverse"}
+"""Actions as pyrevolve's profiler calls them."""
+
 _TIMED_STEPS = 2
 _CHECKED_LOADS = 3
 _REVERSE_OVER_FORWARD = 1.5
@@ -134,8 +137,6 @@ class Checkpoint:
 class Profiler:
     """Milliseconds and calls of what a revolver did, by section and action, as pyrevolve reports them."""
 
-    _NAMES: dict[type, str] = {Advance: "advance", Store: "takeshot", Restore: "restore", Reverse: "reverse"}
-
     def __init__(self) -> None:
         self.timings: dict[str, dict[str, float]] = {}
         self.counts: dict[str, dict[str, int]] = {}
@@ -144,7 +145,7 @@ class Profiler:
     def on_action(self, action: Action, began: float, ended: float) -> None:
         if isinstance(action, Turn):
             self._section = "reverse"
-        elif name := self._NAMES.get(type(action)):
+        elif name := _NAMES.get(type(action)):
             timings, counts = self.timings.setdefault(self._section, {}), self.counts.setdefault(self._section, {})
             timings[name] = timings.get(name, 0.0) + 1e3 * (ended - began)
             counts[name] = counts.get(name, 0) + 1
