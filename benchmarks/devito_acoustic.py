@@ -201,13 +201,18 @@ def pyrevolve(size: Size, states: int | None) -> Outcome:
     return {**outcome, "memory_bytes": revolver.n_checkpoints * problem.state_nbytes}
 
 
-def drop_in(size: Size, states: int, disk: str | None) -> Outcome:
-    """`longtape.pyrevolve` in its place, with memory for so many states."""
+def drop_in(size: Size, states: int, disk: str | None, max_reverse: int = 1) -> Outcome:
+    """`longtape.pyrevolve` in its place, with memory for so many states.
+
+    The reverse operator reads one level, so that two steps are reversed in a buffer of three.
+    """
     import longtape.pyrevolve
 
     problem, operators = _wrapped(size)
     memory = _budget(problem, states)
-    revolver = longtape.pyrevolve.Revolver(*operators, None, size.steps, memory=memory, disk=disk)
+    revolver = longtape.pyrevolve.Revolver(
+        *operators, None, size.steps, memory=memory, disk=disk, max_reverse=max_reverse
+    )
     meter = common.Meter()
     outcome = _both(problem, revolver.apply_forward, revolver.apply_reverse, meter)
     return {**outcome, **_told(revolver)}
@@ -293,6 +298,7 @@ def cases(size: Size, disk: str) -> dict[str, tuple[Callable[..., Outcome], tupl
         if states != size.budgets[0]:
             found[f"pyrevolve, {states} states"] = (pyrevolve, (size, states))
         found[f"longtape.pyrevolve, {states} states"] = (drop_in, (size, states, disk))
+        found[f"longtape.pyrevolve by twos, {states} states"] = (drop_in, (size, states, disk, 2))
         found[f"longtape.devito, {states} states"] = (front_end, (size, states, disk))
     return found
 

@@ -31,13 +31,13 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from devito import Operator, TimeFunction
+from devito import Buffer, Operator, TimeFunction
 from devito.ir import Expression, FindNodes
 from devito.symbolics import retrieve_indexed
 
 from longtape.compose import Run, Settings, Traits
 from longtape.engine.trace import Trace
-from longtape.errors import StepError, UsageError
+from longtape.errors import UsageError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
@@ -200,7 +200,7 @@ class _Wavefield:
             raise UsageError(f"wavefields must be TimeFunctions, not {type(function).__name__} ({name})")
         self.buffer = forward.arrays[name]
         self.levels = len(self.buffer)
-        if function.save is not None and self.levels > forward.last - forward.first + 1:
+        if _is_saved(function):
             raise UsageError(f"wavefield {name} saves every time step; it must have a time buffer: leave out save=")
         if name in reverse.arrays and not np.shares_memory(self.buffer, reverse.arrays[name]):
             raise UsageError(f"operators {forward.name} and {reverse.name} must be given the same {name}")
@@ -508,7 +508,7 @@ class Sweep:
         if ahead.last < ahead.first:
             raise UsageError(f"{ahead.name} would run over no time at all: {ahead.first} to {ahead.last}")
         fields = [_Wavefield(function, ahead, back) for function in wavefields]
-        _check_complete(ahead, own)
+        _check_complete(ahead, back, own)
         window = _Window(fields, back)
         stride = min(window.stride, ahead.last - ahead.first + 1)
         self._job = _OperatorsJob(ahead, back, fields, window, stride)
@@ -581,19 +581,28 @@ def _known(operator: Any, functions: Mapping[str, Any]) -> dict[str, Any]:
     return {name: function for name, function in functions.items() if name in names}
 
 
-def _check_complete(forward: _Kernel, wavefields: Mapping[str, Any]) -> None:
-    """Whatever a step takes over from the step before must be among the wavefields."""
-    read, added = forward.read(), forward.added_to()
+def _check_complete(forward: _Kernel, reverse: _Kernel, wavefields: Mapping[str, Any]) -> None:
+    """What a step takes over from the step before, and what the reverse operator looks up, must be wavefields."""
+    read, added, looked_up = forward.read(), forward.added_to(), reverse.read()
     for function in forward.written():
         name = function.name
-        if name in wavefields:
+        varies = isinstance(function, TimeFunction)
+        if name in wavefields or getattr(function, "is_SparseFunction", False) or (varies and _is_saved(function)):
             continue
-        saved = bool(getattr(function, "is_TimeFunction", False)) and getattr(function, "save", None) is not None
-        is_sparse = bool(getattr(function, "is_SparseTimeFunction", False))
-        if name in read and not saved and not is_sparse and name not in added:
-            access = forward.access(name) if getattr(function, "is_TimeFunction", False) else None
+        if varies and name in looked_up:
+            raise UsageError(
+                f"operator {forward.name} updates {name} and operator {reverse.name} reads it; give {name} as one of "
+                "the wavefields"
+            )
+        if name in read and name not in added:
+            access = forward.access(name) if varies else None
             if access is None or access.reads - access.writes:
-                raise StepError(
+                raise UsageError(
                     f"operator {forward.name} updates {name} and reads what the time before left in it, so it is part "
                     "of the state; give it as one of the wavefields (a TimeFunction)"
                 )
+
+
+def _is_saved(function: Any) -> bool:
+    """Whether every time has memory of its own."""
+    return isinstance(function.save, (int, np.integer)) and not isinstance(function.save, Buffer)
