@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -357,8 +358,10 @@ def main() -> None:
         for what in arguments.what:
             size = (QUICK if arguments.quick else SIZES)[what]
             results = compare(size, disk, arguments.repeats)
-            name = f"devito_acoustic_{what}" + ("_quick" if arguments.quick else "")
-            common.write(name, {**asdict(size), "repeats": arguments.repeats}, results)
+            if arguments.quick:
+                print(json.dumps(results, indent=2))
+            else:
+                common.write(f"devito_acoustic_{what}", {**asdict(size), "repeats": arguments.repeats}, results)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ SHORT = Survey(
     shape=(71, 51), shots=2, receivers=36, seconds=0.7, frequency=12.0, iterations=2, memory="600KiB", rim=15
 )
 THREE_D = Survey(
-    shape=(121, 121, 91), spacing=0.015, shots=2, receivers=121, seconds=1.5, iterations=1, memory="400MiB"
+    shape=(121, 121, 91), spacing=0.015, shots=2, receivers=121, seconds=1.5, iterations=3, memory="400MiB"
 )
 
 
