@@ -241,6 +241,28 @@ def test_a_checkpoint_whose_size_changes(kind, message):
         both(revolver)
 
 
+def test_states_are_compared_if_asked():
+    revolver, _, reverse, _ = make(n_checkpoints=4, n_timesteps=60, verify=True)
+    both(revolver)
+    assert reverse.seen == expected(60)
+    assert revolver.report.states_verified >= 60
+
+
+@pytest.mark.parametrize("first", ["wrong once", "wrong later"])
+def test_an_operator_that_does_not_do_the_same_each_time(first, monkeypatch):
+    revolver, forward, _, fields = make(n_checkpoints=4, n_timesteps=60, verify=True)
+    apply = forward.apply
+
+    def wavers(**kwargs: Any) -> None:
+        apply(**kwargs)
+        if kwargs["t_start"] == 33 and (forward.total > 60) == (first == "wrong later"):
+            fields.w[(33 + 1) % LEVELS] += 1e-9
+
+    monkeypatch.setattr(forward, "apply", wavers)
+    with pytest.raises(longtape.ReplayError, match="step 33 does not do the same each time"):
+        both(revolver)
+
+
 def test_what_is_no_array():
     revolver, *_ = make(checkpoint=Objects, n_checkpoints=15, n_timesteps=20)
     with pytest.raises(longtape.UsageError, match=r"get_data\(0\)\[0\] must be a NumPy array"):

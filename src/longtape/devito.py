@@ -462,6 +462,7 @@ class Sweep:
             change until `reverse` is called, the arrays may not.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file.
+        stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
         costs: Times to plan with, such as `costs` of an earlier sweep through the same
             operators; measured when None, without touching the operators' arrays.
 
@@ -493,6 +494,7 @@ class Sweep:
         observers: Iterable[Observer] = (),
         tier: Tier | None = None,
         costs: Costs | None = None,
+        stuck_seconds: float = 30.0,
     ) -> None:
         if not wavefields:
             raise UsageError("give the TimeFunctions that the forward operator updates as wavefields")
@@ -521,7 +523,13 @@ class Sweep:
             notes=(f"a step is {stride} time steps, which the time buffer holds at once",) if stride > 1 else (),
         )
         settings = Settings(
-            memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs
+            memory,
+            disk=disk,
+            disk_limit=disk_limit,
+            observers=tuple(observers),
+            tier=tier,
+            costs=costs,
+            stuck_seconds=stuck_seconds,
         )
         self._run = Run(self._job, traits, settings, measure=None if costs is not None else self._job.measure)
 

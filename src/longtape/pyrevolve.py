@@ -42,6 +42,7 @@ from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
+from longtape.witness import Witness
 
 __all__ = [
     "BaseRevolver",
@@ -247,13 +248,14 @@ class _Allowance:
     disk_states: int | None = None
     disk_limit: int | str | None = None
 
-    def settings(self, state_nbytes: int, observers: Sequence[Observer], tier: Tier | None, costs: Costs | None) -> Any:
+    def nbytes(self, state_nbytes: int) -> tuple[int | str, int | str | None]:
+        """Memory, and disk or None for all there is."""
         whole = -(-state_nbytes // ALIGNMENT) * ALIGNMENT
+        memory = self.memory if self.memory is not None else self.memory_states * whole
         limit = self.disk_limit
         if limit is None and self.disk_states is not None:
             limit = self.disk_states * (whole + ALIGNMENT)  # each is stored with a header
-        memory = self.memory if self.memory is not None else self.memory_states * whole
-        return Settings(memory, disk=self.disk, disk_limit=limit, observers=observers, tier=tier, costs=costs)
+        return memory, limit
 
 
 class _Arrays:
@@ -293,12 +295,23 @@ class _OperatorsJob:
     are kept aside until the plan has come as far (`_aside`).
     """
 
-    def __init__(self, checkpoint: Any, forward: Any, reverse: Any, steps: int) -> None:
+    def __init__(self, checkpoint: Any, forward: Any, reverse: Any, steps: int, *, verify: bool) -> None:
         self._checkpoint, self._forward, self._reverse, self._steps = checkpoint, forward, reverse, steps
         self._at = self._ran = 0
         self._aside: dict[int, list[Array]] = {}
         self._loads = 0
+        self._witness = Witness("get_data(…)[{}]".format) if verify else None
         self.arrays = _Arrays(_live(checkpoint.get_data(0), "get_data(0)"))
+        self._see(0)
+
+    @property
+    def states_verified(self) -> int | None:
+        """States that came out the same when they were computed again or fetched; None: not looked at."""
+        return None if self._witness is None else self._witness.compared
+
+    def _see(self, state: int, *, kept: bool = False) -> None:
+        if self._witness is not None:
+            self._witness.see(state, [_bytes(array) for array in self._data(state)], kept=kept)
 
     def _data(self, step: int) -> list[Array]:
         arrays = _live(self._checkpoint.get_data(step), f"get_data({step})")
@@ -318,6 +331,7 @@ class _OperatorsJob:
                 raise
             seconds = clock() - began
             self._ran = step + 1
+            self._see(step + 1)
         live = self._data(self._ran)
         spare = [np.empty_like(array) for array in live]
 
@@ -332,13 +346,21 @@ class _OperatorsJob:
             start = min(stop, self._ran)
             if stop >= self._ran:
                 self._aside.clear()
-        if start < stop:
-            self._forward.apply(t_start=start, t_end=stop)
+        self._run(start, stop)
         self._at = stop
         return stop
 
+    def _run(self, start: int, stop: int) -> None:
+        if self._witness is None:
+            if start < stop:
+                self._forward.apply(t_start=start, t_end=stop)
+            return
+        for step in range(start, stop):
+            self._forward.apply(t_start=step, t_end=step + 1)
+            self._see(step + 1)
+
     def reverse(self, start: int, stop: int) -> None:
-        self._forward.apply(t_start=start, t_end=stop)
+        self._run(start, stop)
         self._reverse.apply(t_start=start, t_end=stop)
 
     def save(self, slot: Slot) -> Slot:
@@ -359,6 +381,7 @@ class _OperatorsJob:
         self._loads += 1
         if self._loads <= _CHECKED_LOADS:
             self._check_restored(step, views)
+        self._see(step, kept=True)
 
     def _check_restored(self, step: int, views: Sequence[Array]) -> None:
         for index, (array, kept) in enumerate(zip(self._data(step), views, strict=True)):
@@ -407,6 +430,8 @@ class BaseRevolver:
         timings: Any = None,
         profiler: Any = None,
         max_reverse: int = 1,
+        verify: bool = False,
+        stuck_seconds: float = 30.0,
         observers: Iterable[Observer] = (),
         tier: Tier | None = None,
         costs: Costs | None = None,
@@ -417,6 +442,7 @@ class BaseRevolver:
         self.timings = timings
         self.profiler = Profiler() if profiler is None else profiler
         self._allowance, self._tier, self._costs = allowance, tier, costs
+        self._verify, self._stuck_seconds = verify, stuck_seconds
         self._max_reverse = _count(max_reverse, "max_reverse")
         watched = [self.profiler] if hasattr(self.profiler, "on_action") else []
         self._observers: list[Observer] = [*watched, *observers]
@@ -449,16 +475,28 @@ class BaseRevolver:
             self._run.close()
 
     def _prepare(self) -> Run:
-        job = _OperatorsJob(self.checkpoint, self.fwd_operator, self.rev_operator, self.n_timesteps)
+        job = _OperatorsJob(
+            self.checkpoint, self.fwd_operator, self.rev_operator, self.n_timesteps, verify=self._verify
+        )
         nbytes, costs = job.arrays.nbytes, self._costs
         traits = Traits(
             title=type(self.fwd_operator).__name__,
             steps=self.n_timesteps,
             state_nbytes=nbytes,
             max_window=self._max_reverse,
+            reverse_is_assumed=costs is None,
             notes=() if costs else (f"predicted as if a reverse step took {_REVERSE_OVER_FORWARD} forward steps",),
         )
-        settings = self._allowance.settings(nbytes, tuple(self._observers), self._tier, costs)
+        memory, limit = self._allowance.nbytes(nbytes)
+        settings = Settings(
+            memory,
+            disk=self._allowance.disk,
+            disk_limit=limit,
+            observers=tuple(self._observers),
+            tier=self._tier,
+            costs=costs,
+            stuck_seconds=self._stuck_seconds,
+        )
         self._run = Run(job, traits, settings, measure=None if costs else job.measure)
         weakref.finalize(self, self._run.close)
         return self._run
@@ -514,6 +552,9 @@ class SingleLevelRevolver(BaseRevolver):
         disk_limit: Most bytes of it.
         max_reverse: Most steps that one call of `rev_operator` may take.  `fwd_operator` is
             then run through all of them first, so its buffers must hold as many time levels.
+        verify: Run every step on its own, and compare each state that is computed again, or
+            fetched, with what it was the first time, bit for bit; 8 bytes an array and step.
+        stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file.
         costs: Times to plan with; measured on the first steps when None.
