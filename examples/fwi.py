@@ -1,8 +1,8 @@
 """Full-waveform inversion with Devito and Longtape: find a layered earth from shots recorded at its surface.
 
-    python examples/fwi.py                     2-D, some minutes; pictures in fwi.png
+    python examples/fwi.py                     2-D, less than a minute; pictures in fwi.png
     python examples/fwi.py --short             a small model, seconds
-    python examples/fwi.py --three-d           3-D: states of 43 MiB, see --help for its size
+    python examples/fwi.py --three-d           3-D, minutes: states of 43 MiB, 22 GiB of disk
 
 The model is the squared slowness m in s²/km².  For each shot the wave equation
 
