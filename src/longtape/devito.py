@@ -279,6 +279,8 @@ class _OperatorsJob:
         self._turned = False
         # The working state is in the buffers `_place`, just before time `_moment`; `_at` is the step it stands for.
         self._place, self._moment, self._at = self._home, forward.first, 0
+        self._loaded: Slot | None = None
+        """The working state is this snapshot, and not copied from there yet."""
 
     @property
     def steps(self) -> int:
@@ -317,8 +319,14 @@ class _OperatorsJob:
 
     def _move(self, place: _Place) -> None:
         """Go on in other buffers."""
-        for field, target, source in zip(self._read, place.buffers, self._place.buffers, strict=True):
-            if target is not source:
+        if self._loaded is not None:
+            buffers = {field.name: buffer for field, buffer in zip(self._read, place.buffers, strict=True)}
+            targets = [level for f in self._fields for level in f.at(self._moment, buffers.get(f.name))]
+            for target, kept in zip(targets, self._views(self._loaded)[0], strict=True):
+                np.copyto(target, kept)
+            self._loaded = None
+        elif place is not self._place:
+            for field, target, source in zip(self._read, place.buffers, self._place.buffers, strict=True):
                 for new, old in zip(field.at(self._moment, target), field.at(self._moment, source), strict=True):
                     np.copyto(new, old)
         self._place = place
@@ -391,13 +399,12 @@ class _OperatorsJob:
         return slot
 
     def load(self, slot: Slot) -> None:
-        levels, step = self._views(slot)
-        self._at = int(step[0])
-        self._place, self._moment = self._home, self._first(self._at)
-        for kept, live in zip(levels, self._live(self._at), strict=True):
-            np.copyto(live, kept)
+        self._at = int(self._views(slot)[1][0])
+        self._loaded, self._moment = slot, self._first(self._at)
 
     def yield_slot(self, slot: Slot) -> Slot:
+        if slot is self._loaded:
+            self._settle()
         return slot
 
     def adopt(self, slots: list[Slot]) -> None:
