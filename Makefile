@@ -18,7 +18,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable '.[torch,cli,dev]'
+	    --constraint constraints.txt --editable '.[torch,cli,devito,dev]' scipy
 	touch $@
 
 demo: venv
@@ -52,6 +52,8 @@ bench: $(BENCH_STAMP)
 	for what in lstm stencil executor planning; do $(BIN)/python -m benchmarks.overhead $$what || exit; done
 	$(BIN)/python -m benchmarks.stencil
 	$(BIN)/python -m benchmarks.baselines
+	for what in prediction noise observing; do $(BIN)/python -m benchmarks.$$what || exit; done
+	$(BIN)/python -m benchmarks.devito_acoustic 2d 3d
 	$(BIN)/python -m benchmarks.timeline
 	$(BIN)/python -m benchmarks.figures
 

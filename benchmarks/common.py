@@ -28,7 +28,7 @@ for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_name, "1")
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("longtape", "numpy", "numba", "torch", "jax", "pyrevolve", "checkpoint-schedules")
+PACKAGES = ("longtape", "numpy", "numba", "torch", "jax", "devito", "pyrevolve", "checkpoint-schedules")
 
 
 def use_one_thread() -> None:

@@ -56,6 +56,63 @@ def measured() -> str:
     return "\n".join(lines)
 
 
+def observed() -> str:
+    """Predictions, noise and the cost of watching, as far as they were measured."""
+    lines: list[str] = []
+    if (prediction := _found("prediction")) is not None:
+        lines += ["| predicted against measured, medians | time | memory |", "|---|---|---|"]
+        lines += [
+            f"| {case} | {found['time_error']:+.1%} | {found['memory_error']:+.1%} |"
+            for case, found in prediction["results"].items()
+        ]
+        lines.append("")
+    if (noise := _found("noise")) is not None:
+        lines += ["| noisy disk, time over that without noise | real run | event model |", "|---|---|---|"]
+        lines += [
+            f"| {case} | {found['measured']:.3f} | {found['simulated']:.3f} |"
+            for case, found in noise["results"].items()
+        ]
+        lines.append("")
+    if (observing := _found("observing")) is not None:
+        found = observing["results"]
+        lines += [
+            f"Progress, trace and report take {found['inside_the_observers']['share']:.2%} of the LSTM's time "
+            f"(runs with and without them, in pairs: {found['with_over_without']['median'] - 1:+.1%}).",
+            "",
+        ]
+    return "\n".join(lines).rstrip("\n")
+
+
+def _found(name: str) -> dict[str, Any] | None:
+    return load(name) if (common.RESULTS / f"{name}.json").exists() else None
+
+
+RESIDUALS = {
+    "residuals_lstm": "LSTM, 256 units, batch 64, residuals on disk",
+    "residuals_wide": "LSTM, 1,024 units, batch 64, residuals on disk",
+    "residuals_stencil": "256³ stencil, a step of 8 kernels, memory for 16 states",
+    "residuals_throttled": "LSTM, 256 units, 8,000 steps, 16 MiB, storage slowed to a share of what residuals need",
+    "residuals_compression": "the same, with a codec",
+}
+"""Parts of `benchmarks.residuals`, as far as they were measured."""
+
+
+def residuals() -> str:
+    """What storage that carries residuals, or a share of them, makes of the time."""
+    lines: list[str] = []
+    for name, heading in RESIDUALS.items():
+        if (common.RESULTS / f"{name}.json").exists():
+            lines += [*ratios(name, heading), ""]
+    if (common.RESULTS / "residuals_growth.json").exists():
+        grown = load("residuals_growth")["settings"]["summary"]["bytes_per_step"]
+        lines.append(
+            "Memory beyond the budget, from 10,000 to 1,000,000 steps of 512 bytes: "
+            + ", ".join(f"{max(0.0, value):.1f} bytes a step in a {way}" for way, value in grown.items())
+            + "."
+        )
+    return "\n".join(lines).strip()
+
+
 def fill(text: str, name: str, content: str) -> str:
     """Replace one spot."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)"
@@ -64,6 +121,8 @@ def fill(text: str, name: str, content: str) -> str:
 
 def main() -> None:
     text = fill(README.read_text(encoding="utf-8"), "measured", measured())
+    text = fill(text, "observed", observed())
+    text = fill(text, "residuals", residuals())
     README.write_text(text, encoding="utf-8")
 
 

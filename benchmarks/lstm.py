@@ -17,14 +17,14 @@ Carry = tuple[Tensor, Tensor]
 class Problem:
     """The cell, its inputs and its initial carry, the same for every run."""
 
-    def __init__(self, steps: int, seed: int = 0) -> None:
+    def __init__(self, steps: int, seed: int = 0, hidden: int = HIDDEN) -> None:
         torch.manual_seed(seed)
         self.steps = steps
-        self.cell = torch.nn.LSTMCell(INPUTS, HIDDEN)
+        self.cell = torch.nn.LSTMCell(INPUTS, hidden)
         self.inputs = torch.randn(steps, BATCH, INPUTS)
         self.carry = (
-            (0.1 * torch.randn(BATCH, HIDDEN)).requires_grad_(),
-            (0.1 * torch.randn(BATCH, HIDDEN)).requires_grad_(),
+            (0.1 * torch.randn(BATCH, hidden)).requires_grad_(),
+            (0.1 * torch.randn(BATCH, hidden)).requires_grad_(),
         )
 
     @property

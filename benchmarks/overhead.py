@@ -32,14 +32,27 @@ MIB = 2**20
 # LSTM -------------------------------------------------------------------------------------------
 
 
-def lstm(steps: int, memory: int, disk: str | None, capture: bool | None = None) -> dict[str, Any]:
-    """One gradient by `longtape.torch.scan`, after a short one that captures the step."""
+def lstm(
+    steps: int,
+    memory: int,
+    disk: str | None,
+    capture: bool | None = None,
+    hidden: int = 256,
+    bandwidth: float | None = None,
+    compress: str | None = None,
+) -> dict[str, Any]:
+    """One gradient by `longtape.torch.scan`, after a short one that captures the step.
+
+    `bandwidth` slows storage down to so many bytes per second in each direction.
+    """
     import torch
 
     from benchmarks.lstm import BATCH, INPUTS, Problem
+    from longtape.testing.tiers import ThrottledTier
+    from longtape.tiers.disk import DiskTier
     from longtape.torch import scan
 
-    problem = Problem(2_000)
+    problem = Problem(2_000, hidden=hidden)
 
     class Inputs:
         """As many steps as asked for, from the few that are kept."""
@@ -57,6 +70,9 @@ def lstm(steps: int, memory: int, disk: str | None, capture: bool | None = None)
 
     def gradient(length: int) -> tuple[float, Any]:
         runs: list[Any] = []
+        tier = None
+        if bandwidth is not None and disk is not None:
+            tier = ThrottledTier(DiskTier(disk), write_bytes_per_second=bandwidth, read_bytes_per_second=bandwidth)
         began = time.perf_counter()
         carry, _ = scan(
             problem.step,
@@ -64,28 +80,30 @@ def lstm(steps: int, memory: int, disk: str | None, capture: bool | None = None)
             Inputs(length),
             memory=memory,
             disk=disk,
+            tier=tier,
             capture=capture,
+            compress=compress,
             on_report=runs.append,
         )
         torch.autograd.grad(problem.loss(carry), problem.leaves)
         return time.perf_counter() - began, runs[0]
 
-    ideal = [_lstm_ideal(problem)]
+    ideal = [lstm_ideal(problem)]
     first, _ = gradient(300)
     meter = common.Meter()
     meter.start()
     seconds, run = gradient(steps)
     peak = meter.stop()["peak_bytes"]
-    ideal.append(_lstm_ideal(problem))
-    return {**_figures(run.report, seconds, steps, ideal), "rss_growth_bytes": peak, "first_scan_seconds": first}
+    ideal.append(lstm_ideal(problem))
+    return {**figures_of(run.report, seconds, steps, ideal), "rss_growth_bytes": peak, "first_scan_seconds": first}
 
 
-def _lstm_ideal(problem: Any) -> float:
-    """Seconds a step of plain autograd over a short sequence, median of 20."""
+def lstm_ideal(problem: Any) -> float:
+    """Seconds a step of plain autograd over a short sequence, median of 20, or of 5 where steps are long."""
     import torch
 
     inputs, seconds = problem.inputs[:50], []
-    for _ in range(22):
+    for _ in range(22 if problem.carry[0].shape[1] <= 256 else 7):
         began = time.perf_counter()
         torch.autograd.grad(problem.loss(problem.run(problem.carry, inputs)), problem.leaves)
         seconds.append((time.perf_counter() - began) / len(inputs))
@@ -101,9 +119,9 @@ def lstm_peer(name: str, steps: int) -> dict[str, Any]:
         "torch.utils.checkpoint": lambda: baselines.lstm_segments(steps),
         "revolve": lambda: baselines.lstm_revolve(steps, 64),
     }
-    ideal = [_lstm_ideal(lstm.Problem(100))]
+    ideal = [lstm_ideal(lstm.Problem(100))]
     outcome = peers[name]()
-    ideal.append(_lstm_ideal(lstm.Problem(100)))
+    ideal.append(lstm_ideal(lstm.Problem(100)))
     per_step = outcome["seconds"] / steps
     return {
         "seconds": outcome["seconds"],
@@ -117,12 +135,12 @@ def lstm_peer(name: str, steps: int) -> dict[str, Any]:
 # Stencil ----------------------------------------------------------------------------------------
 
 
-def stencil(steps: int, slots: int, disk: str | None) -> dict[str, Any]:
-    """Forward and adjoint of the stencil by `longtape.Sweep`."""
+def stencil(steps: int, slots: int, disk: str | None, effort: int = 1) -> dict[str, Any]:
+    """Forward and adjoint of the stencil by `longtape.Sweep`; with `effort`, of steps so many times as long."""
     import longtape
     from benchmarks.stencil import AllenCahn, initial
 
-    model, weights = AllenCahn(), initial(seed=1)
+    model, weights = AllenCahn(effort=effort), initial(seed=1)
     state = model.state[0].nbytes
     ideal = [_stencil_ideal(model)]
     began = time.perf_counter()
@@ -134,7 +152,7 @@ def stencil(steps: int, slots: int, disk: str | None) -> dict[str, Any]:
     ended = time.perf_counter()
     ideal.append(_stencil_ideal(model))
     report = sweep.report
-    figures = _figures(report, ended - prepared, steps, ideal)
+    figures = figures_of(report, ended - prepared, steps, ideal)
     return {**figures, "prepare_seconds": prepared - began, "theory": _theory(sweep, steps, slots, report)}
 
 
@@ -223,7 +241,7 @@ def planning(steps: int) -> dict[str, Any]:
 # Together ---------------------------------------------------------------------------------------
 
 
-def _figures(report: Any, seconds: float, steps: int, ideal: list[float]) -> dict[str, Any]:
+def figures_of(report: Any, seconds: float, steps: int, ideal: list[float]) -> dict[str, Any]:
     per_step, best = seconds / steps, statistics.mean(ideal)
     measured, predicted = report.measured, report.predicted
     return {
@@ -245,13 +263,13 @@ def _figures(report: Any, seconds: float, steps: int, ideal: list[float]) -> dic
     }
 
 
-def _medians(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+def medians(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of the numbers of several runs, with every ratio kept."""
     summary: dict[str, Any] = {}
     for name, value in outcomes[0].items():
         values = [outcome[name] for outcome in outcomes]
         if isinstance(value, dict):
-            summary[name] = _medians(values)
+            summary[name] = medians(values)
         elif isinstance(value, (int, float)):
             summary[name] = statistics.median(values)
         else:
@@ -271,7 +289,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.disk) as disk:
         cases = _cases(arguments.what, disk, arguments.lengths)
         outcomes = common.interleave_apart(cases, repeats=arguments.repeats)
-    results = {name: _medians(found) for name, found in outcomes.items()}
+    results = {name: medians(found) for name, found in outcomes.items()}
     settings = {"repeats": arguments.repeats, "lstm_memory_bytes": LSTM_MEMORY, "stencil_slots": STENCIL_SLOTS}
     common.write(f"overhead_{arguments.what}", settings, results)
 

@@ -81,13 +81,15 @@ def initial(side: int = SIDE, seed: int = 0) -> Field:
 class AllenCahn:
     """The stencil as a model for `longtape.Sweep`, and for any loop that a baseline writes.
 
-    The loss is ``<weights, x_N>``: `start_adjoint` sets its gradient.
+    The loss is ``<weights, x_N>``: `start_adjoint` sets its gradient.  With `effort`, each kernel
+    runs so many times over, to the same result: a step that costs more for the same state.
     """
 
     max_reverse = 1
+    reverse_seconds: float | None = None
 
-    def __init__(self, side: int = SIDE, *, dt: float = DT) -> None:
-        self.dt = np.float32(dt)
+    def __init__(self, side: int = SIDE, *, dt: float = DT, effort: int = 1) -> None:
+        self.dt, self.effort = np.float32(dt), effort
         self._now, self._next = initial(side), np.zeros((side, side, side), np.float32)
         self._adjoint, self._spare = np.zeros_like(self._now), np.zeros_like(self._now)
 
@@ -117,11 +119,13 @@ class AllenCahn:
 
     def advance_into(self, index: int, source: Sequence[Field], target: Sequence[Field]) -> None:
         """Run step `index` from `source` into `target`."""
-        step(source[0], target[0], self.dt)
+        for _ in range(self.effort):
+            step(source[0], target[0], self.dt)
 
     def reverse_from(self, index: int, source: Sequence[Field]) -> None:
         """Take the adjoint of step `index` from the state `source` before it."""
-        adjoint_step(source[0], self._adjoint, self._spare, self.dt)
+        for _ in range(self.effort):
+            adjoint_step(source[0], self._adjoint, self._spare, self.dt)
         self._adjoint, self._spare = self._spare, self._adjoint
 
 

@@ -68,6 +68,26 @@ class OutOfPlace(Chaotic):
         self._reverse_from(step, source)
 
 
+class Recording(Chaotic):
+    """Lays out what its adjoint needs: here the derivative, and not the state."""
+
+    def __init__(self, size=5, seed=0):
+        super().__init__(size, seed)
+        self.residual_nbytes = 8 * size
+        self.recorded = 0
+
+    def record(self, step, residuals):
+        assert residuals.nbytes == self.residual_nbytes
+        residuals.view(float)[:] = np.cos(self.state[0] + 0.1 * step) + 0.3
+        self.advance(step, step + 1)
+        self.advanced -= 1
+        self.recorded += 1
+
+    def pull_back(self, step, residuals):
+        self.adjoint[0] *= residuals.view(float)
+        self.adjoint[1] += self.adjoint[0].sum()
+
+
 def store_everything(steps, size=5):
     """The result of a reverse sweep with every state kept: what any schedule must reproduce bit for bit."""
     model = Chaotic(size)

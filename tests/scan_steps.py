@@ -228,7 +228,128 @@ def narrow_types() -> Case:
     return Case(step, (leaf(2, 4, dtype=torch.bfloat16), torch.zeros(())), None, 6, [weight])
 
 
+def layer_norm() -> Case:
+    norm, weight = nn.LayerNorm(6).double(), leaf(6, 6)
+    step = lambda h, x: (norm(h @ weight + x), {"mean": h.mean(-1), "flag": h[0] > 0})  # noqa: E731
+    return Case(step, leaf(3, 6), leaf(8, 3, 6), None, [weight, *norm.parameters()])
+
+
+def embedding() -> Case:
+    table, out = nn.Embedding(7, 4).double(), leaf(4, 7)
+
+    def step(carry: tuple[Tensor, Tensor], _: None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        h, token = carry
+        h = torch.tanh(h + table(token))
+        scores = h @ out
+        return (h, scores.argmax(-1)), F.log_softmax(scores, -1)
+
+    return Case(step, (leaf(2, 4), torch.tensor([1, 5])), None, 9, [out, *table.parameters()])
+
+
+def sorting() -> Case:
+    weight = leaf(5)
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, order = torch.sort(h * weight + x, dim=-1)
+        return torch.cumsum(values, -1) / 3, order
+
+    return Case(step, leaf(2, 5), leaf(7, 2, 5), None, [weight])
+
+
+def linear_solve() -> Case:
+    matrix = leaf(4, 4)
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        eye = torch.eye(4, dtype=F64)
+        return torch.linalg.solve(2 * eye + 0.1 * matrix @ matrix.T, h + x), h.norm()
+
+    return Case(step, leaf(4, 2), leaf(6, 4, 2), None, [matrix], captures=False)
+
+
+def masked() -> Case:
+    weight = leaf(4)
+
+    def step(h: Tensor, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        new = torch.where(x["keep"], torch.sigmoid(h * weight + x["in"]), h)
+        return new, torch.einsum("bi,i->b", new, weight)
+
+    xs = {"keep": torch.rand(9, 3, 4) > 0.4, "in": leaf(9, 3, 4)}
+    return Case(step, leaf(3, 4), xs, None, [weight])
+
+
+def views_of_its_carry() -> Case:
+    """Hands back views of what it was given: nothing may be computed in their memory."""
+    weight = leaf(3)
+
+    def step(carry: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        a, b = carry
+        return (b.flip(0), torch.sin(a * weight) + x), a[0]
+
+    return Case(step, (leaf(2, 3), leaf(2, 3)), leaf(8, 2, 3), None, [weight])
+
+
+def in_place() -> Case:
+    """Updates its carry, and tensors of its own, in place."""
+    weight = leaf(4)
+
+    def step(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
+        room = torch.zeros_like(h)
+        room += h * weight
+        room[0].mul_(0.5)
+        return torch.tanh(room).add(x).mul_(0.9), None
+
+    return Case(step, leaf(2, 4), leaf(8, 2, 4), None, [weight])
+
+
 ZOO = [
     lstm, gru, residual, neural_ode, dropout, attention, convolution, gather_scatter, complex_numbers,
     branches_on_shapes, hamiltonian, own_function, depends_on_data, selected_weights, narrow_types,
+    layer_norm, embedding, sorting, linear_solve, masked, views_of_its_carry, in_place,
 ]  # fmt: skip
+
+
+def exact_cases(dtype: torch.dtype, width: int) -> dict[str, Callable[[], Case]]:
+    """Steps whose gradients must have the bits of a plain loop's."""
+
+    def recurrent(kind: type[nn.Module]) -> Callable[[], Case]:
+        def make() -> Case:
+            cell = kind(8, width).to(dtype)
+            state = lambda: leaf(4, width, dtype=dtype)  # noqa: E731
+            init: Any = (state(), state()) if kind is nn.LSTMCell else state()
+
+            def step(carry: Any, x: Tensor) -> tuple[Any, Tensor]:
+                new = cell(x, carry)
+                return new, (new[0] if kind is nn.LSTMCell else new).mean(-1)
+
+            return Case(step, init, leaf(280, 4, 8, dtype=dtype), None, list(cell.parameters()))
+
+        return make
+
+    def residual_chain() -> Case:
+        net = nn.Sequential(nn.Linear(width, 24), nn.Tanh(), nn.Linear(24, width)).to(dtype)
+        return Case(lambda h, _: (h + 0.1 * net(h), None), leaf(4, width, dtype=dtype), None, 280, [*net.parameters()])
+
+    def runge_kutta() -> Case:
+        weight = leaf(width, width, dtype=dtype, scale=0.3)
+
+        def step(y: Tensor, _: None) -> tuple[Tensor, Tensor]:
+            k1 = torch.tanh(y @ weight)
+            k2 = torch.tanh((y + 0.05 * k1) @ weight)
+            k3 = torch.tanh((y + 0.05 * k2) @ weight)
+            k4 = torch.tanh((y + 0.1 * k3) @ weight)
+            return y + 0.1 / 6 * (k1 + 2 * k2 + 2 * k3 + k4), y.mean()
+
+        return Case(step, leaf(4, width, dtype=dtype), None, 280, [weight])
+
+    def dropped() -> Case:
+        layer = nn.Linear(width, width).to(dtype)
+        step = lambda h, x: (F.dropout(torch.tanh(layer(h) + x), 0.3), None)  # noqa: E731
+        return Case(step, leaf(4, width, dtype=dtype), leaf(280, 4, width, dtype=dtype), None, [*layer.parameters()])
+
+    return {
+        "lstm": recurrent(nn.LSTMCell),
+        "gru": recurrent(nn.GRUCell),
+        "residual chain": residual_chain,
+        "Runge-Kutta": runge_kutta,
+        "dropout": dropped,
+    }

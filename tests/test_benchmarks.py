@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -109,3 +112,33 @@ def test_the_lstm_peers_agree() -> None:
     expected = norm(baselines.lstm_store_all(30))
     assert norm(baselines.lstm_segments(30)) == pytest.approx(expected, rel=1e-5)
     assert norm(baselines.lstm_revolve(30, 4)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_noisy_run_is_set_beside_its_model(scratch: Path) -> None:
+    from benchmarks import noise
+
+    found = noise.one("r=2 s=8 lognormal", 150, 0, str(scratch))
+    assert found["schedule"] == "asynchronous"
+    assert found["forward_stall_seconds"] == 0
+    assert 0.7 < found["measured_over_simulated"] < 3.0  # a loaded machine is slower than the model
+
+
+def test_the_draws_of_noise_have_mean_one() -> None:
+    from itertools import islice
+
+    from benchmarks import noise
+
+    for draw in (noise.lognormal, noise.pareto):
+        assert np.mean(list(islice(noise.draws(draw, 1.0, 3), 200_000))) == pytest.approx(1.0, rel=0.1)
+
+
+def test_memory_grows_by_less_than_64_bytes_a_step(tmp_path: Path) -> None:
+    """The resident size of a fresh process, at two lengths: nothing is kept a step but what the budget counts."""
+    pytest.importorskip("torch")
+    program = "import sys; from benchmarks import residuals; residuals.print_growth(4_000, 20_000, sys.argv[1])"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    slack = 512 * 1024 / 16_000  # pages, and the trace before it is full
+    for way, grown in json.loads(done.stdout).items():
+        assert grown < 64 + slack, f"{way} keeps {grown:.0f} bytes a step"

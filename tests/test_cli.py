@@ -1,10 +1,15 @@
 """The command line says what a run would take, and refuses what makes no sense."""
 
+import dataclasses
+import errno
 import json
+import os
 
 import pytest
 
+import longtape.probe
 from longtape.cli import main
+from longtape.foresee import foresee, replay
 
 STENCIL = ["plan", "--steps", "1000", "--state", "64MiB", "--forward", "0.0065", "--reverse", "0.008", "--tape", "0"]
 
@@ -75,6 +80,12 @@ def test_tables_and_pictures(capsys, tmp_path):
         (["--memory", "1GiB", "--steps", "0"], "at least one"),
         (["--memory", "1GiB", "--disk", "/nowhere"], "/nowhere"),
         (["--memory", "1GiB", "--read-bandwidth", "1GB"], "--write-bandwidth"),
+        (["--memory", "1GiB", "--latency", "1e-3"], "--write-bandwidth"),
+        (["--memory", "1GiB", "--disk", "/tmp", "--read-bandwidth", "1GB"], "is probed"),
+        (["--memory", "1GiB", "--write-bandwidth", "0"], "--write-bandwidth"),
+        (["--memory", "1GiB", "--forward", "-1"], "--forward"),
+        (["--memory", "1GiB", "--tape", "nan"], "--tape"),
+        (["--memory", "1GiB", "--plot", "/nowhere/pareto.png"], "/nowhere"),
         (["--memory", "1GiB", "--disk-limit", "1GB"], "--disk-limit"),
         (["--memory", "1GiB", "--disk", "/tmp", "--write-bandwidth", "1GB"], "not both"),
     ],
@@ -116,3 +127,81 @@ def test_clean_asks_first(tmp_path, capsys, monkeypatch):
     assert main(["clean", str(tmp_path)]) == 0
     assert "nothing was removed" in capsys.readouterr().out
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_storing_everything_is_listed_with_what_it_needs(capsys):
+    found = figures(capsys, *STENCIL, "--memory", "1GiB", "--write-bandwidth", "1 GB/s")
+    others = {other["schedule"]: other for other in found["alternatives"]}
+    assert others.keys() == {"revolve", "store_all"}
+    assert others["revolve"]["fits"]
+    assert others["revolve"]["time_seconds"] > found["time_seconds"]
+    assert not others["store_all"]["fits"]
+    assert others["store_all"]["peak_memory_bytes"] >= 1000 * 64 * 2**20
+    assert others["store_all"]["time_seconds"] == pytest.approx(found["ideal_seconds"], rel=0.01)
+
+
+def test_what_would_help_where_there_is_no_disk(capsys):
+    found = figures(capsys, *STENCIL, "--memory", "256MiB")
+    gains = {gain["what"]: gain["saved_seconds"] for gain in found["improvements"]}
+    assert {"twice the memory", "four times the memory", "storage at 1 GB/s"} <= gains.keys()
+    assert gains["four times the memory"] > gains["twice the memory"] > 0
+
+
+def test_a_disk_limit_in_the_way_is_named(capsys):
+    found = figures(capsys, *STENCIL, "--memory", "256MiB", "--write-bandwidth", "2GB", "--disk-limit", "1GiB")
+    assert found["peak_disk_bytes"] <= 2**30
+    assert "storage without a limit" in {gain["what"] for gain in found["improvements"]}
+
+
+def test_a_probe_writes_no_more_than_it_says(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("longtape.probe.LARGEST_ITEM_NBYTES", 1 << 20)
+    found = figures(capsys, "probe", str(tmp_path), "--item", "10GiB")
+    assert found["item_nbytes"] == 2**20
+    assert found["bytes_written"] == 5 * (2**20 + 2**16)
+
+
+def test_a_probe_of_a_full_directory_says_so(capsys, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("longtape.tiers.linux.allocate", full)
+    assert main(["probe", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "No space left" in message
+    assert str(tmp_path) in message
+
+
+def test_a_probe_of_a_read_only_directory_says_so(capsys, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("os.open", refused)
+    monkeypatch.setattr("tempfile.mkstemp", refused)
+    assert main(["probe", str(tmp_path)]) == 2
+    assert "Read-only" in capsys.readouterr().err
+
+
+def test_a_directory_that_vanishes_while_it_is_probed(tmp_path, monkeypatch):
+    """The file has no name anyway: the probe ends, and nothing is left."""
+    directory = tmp_path / "soon gone"
+    directory.mkdir()
+    work = longtape.probe._work
+
+    def vanish():
+        if directory.exists():
+            directory.rmdir()
+        work()
+
+    monkeypatch.setattr("longtape.probe._work", vanish)
+    assert longtape.probe.probe(directory, item="1MiB").write_bytes_per_second > 0
+    assert main(["probe", str(directory)]) == 2
+
+
+def test_the_python_functions_return_frozen_figures(tmp_path):
+    found = longtape.probe.probe(tmp_path, item="1MiB")
+    problem = longtape.Problem(1000, 2**20, 2**24, has_disk=True)
+    costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    foresight = foresee(problem, costs)
+    for figures_of in (found, foresight, foresight.choice, replay(foresight)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(figures_of, dataclasses.fields(figures_of)[0].name, None)

@@ -17,6 +17,7 @@ PACKAGE = Path(longtape.__file__).parent
 HOMES = {
     "torch": "torch/",
     "jax": "jax/",
+    "devito": "devito.py",
     "matplotlib": "plots.py",
     "tqdm": "progress.py",
 }

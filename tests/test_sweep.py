@@ -2,15 +2,18 @@
 
 import functools
 import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Chaotic, OutOfPlace, Spanning, store_everything
+from models import Chaotic, OutOfPlace, Recording, Spanning, store_everything
 
 import longtape
 from longtape.plan.binomial import advances
+from longtape.testing.tiers import ThrottledTier
+from longtape.tiers.disk import DiskTier
 
 exact = functools.lru_cache(maxsize=4096)(store_everything)
 STATE = 64 + 12  # two arrays, the second on the next cache line
@@ -50,6 +53,107 @@ def test_same_bits_when_states_are_large_enough_for_direct_io(tmp_path_factory, 
     nbytes = 8 * size + 128 + 4096
     run(model, steps, memory=slots * nbytes, disk=tmp_path_factory.mktemp("scratch"))
     assert model.result() == exact(steps, size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from([Chaotic, OutOfPlace, Recording]),
+    steps=st.integers(1, 300),
+    slots=st.integers(8, 40),
+    size=st.sampled_from([500, 9001]),
+    name=st.sampled_from(["lz4", "zstd", "bitshuffle+lz4", "bitshuffle+zstd"]),
+)
+def test_same_bits_when_what_is_stored_is_compressed(tmp_path_factory, kind, steps, slots, size, name):
+    model, memory = kind(size), slots * (8 * size + 128 + 4096)
+    costs = longtape.Costs(1e-3, 2e-3, 1.1e-3, 1e-3, write_bytes_per_second=1e8, read_bytes_per_second=1e8)
+    sweep = run(model, steps, memory=memory, disk=tmp_path_factory.mktemp("scratch"), compress=name, costs=costs)
+    assert model.result() == exact(steps, size)
+    report = sweep.report
+    assert report.measured.peak_memory_bytes <= memory
+    assert report.lossy_bound is None
+    if report.writes:
+        assert report.codec == name
+        assert report.compression_ratio >= 1.0
+
+
+def test_a_lossy_codec_says_so_and_keeps_integers(tmp_path):
+    size = 20_000
+    costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    model = Chaotic(size)  # which asserts, at every step, that its counter is right
+    memory = 6 * (8 * size + 8192)
+    sweep = run(model, 100, memory=memory, disk=tmp_path, compress="relative:1e-6+zstd", costs=costs)
+    assert sweep.report.reads > 0
+    assert "LOSSY" in str(sweep.report)
+    assert sweep.report.lossy_bound == 1e-6
+    assert model.result() != exact(100, size)
+
+
+def test_a_codec_is_used_only_where_it_pays(tmp_path):
+    class Noise(Chaotic):
+        def advance(self, start, stop):
+            self.state[1] += stop - start
+
+        def reverse(self, start, stop):
+            pass
+
+    model = Noise(40_000)
+    model.state[0].view(np.uint8)[:] = np.random.default_rng(1).integers(0, 256, 320_000)
+    sweep = longtape.Sweep(model, 50, memory="4MiB", disk=tmp_path, compress="lz4")
+    sweep.forward()
+    sweep.reverse()
+    assert sweep.report.codec is None
+    assert any("not used" in note for note in sweep.report.notes)
+
+
+def test_a_codec_pays_where_storage_is_slow(tmp_path):
+    class Still(Chaotic):
+        def advance(self, start, stop):
+            time.sleep(2e-3 * (stop - start))  # another core computes
+            self.state[1] += stop - start
+
+        def reverse(self, start, stop):
+            pass
+
+    model = Still(40_000)
+    model.state[0][:] = 0.5
+    tier = ThrottledTier(DiskTier(tmp_path), write_bytes_per_second=2e7, read_bytes_per_second=2e7)
+    sweep = longtape.Sweep(model, 60, memory="3MiB", tier=tier, compress="bitshuffle+lz4")
+    sweep.forward()
+    sweep.reverse()
+    assert sweep.report.codec == "bitshuffle+lz4"
+    assert sweep.report.compression_ratio > 10
+    assert sweep.report.measured.bytes_written <= 60 * 40_000 * 8 / 10
+
+
+@settings(max_examples=80, deadline=None)
+@given(steps=st.integers(1, 400), slots=st.integers(6, 60), bandwidth=st.sampled_from([1e9, 3e4, 1e3]))
+def test_same_bits_from_a_model_s_own_residuals(tmp_path_factory, steps, slots, bandwidth):
+    model, memory = Recording(), slots * STATE
+    costs = longtape.Costs(1e-3, 2e-3, 1.1e-3, 1e-3, write_bytes_per_second=bandwidth, read_bytes_per_second=bandwidth)
+    sweep = run(model, steps, memory=memory, disk=tmp_path_factory.mktemp("scratch"), costs=costs)
+    assert model.result() == exact(steps)
+    assert sweep.report.measured.peak_memory_bytes <= memory
+
+
+def test_a_model_that_records_runs_nothing_twice_where_storage_keeps_up(tmp_path):
+    model = Recording(20_000)
+    costs = longtape.Costs(1e-3, 3e-3, 1.1e-3, 1e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    sweep = run(model, 300, memory="8MiB", disk=tmp_path, costs=costs)
+    assert model.result() == exact(300, 20_000)
+    assert sweep.plan.schedule == "residuals"
+    assert model.advanced < 30  # a slow disk of the machine that tests may cost a few
+    assert model.recorded == 300
+
+
+@pytest.mark.parametrize("missing", ["residual_nbytes", "record", "pull_back"])
+def test_half_of_a_recording_model_is_refused(missing):
+    class Half(Chaotic):
+        pass
+
+    for name in {"residual_nbytes", "record", "pull_back"} - {missing}:
+        setattr(Half, name, 8)
+    with pytest.raises(longtape.UsageError, match="residual_nbytes, record and pull_back"):
+        longtape.Sweep(Half(), 10, memory=1000)
 
 
 @pytest.mark.parametrize("slots", [40, 500])

@@ -3,7 +3,7 @@
 The user states a memory budget and a scratch directory; states are stored and
 fetched behind compute, and what lies between two stored states is recomputed by the
 optimal schedule.  Front ends: `Sweep` here for NumPy buffers, `longtape.torch.scan`
-for PyTorch.
+for PyTorch, `longtape.devito.Sweep` for Devito, `longtape.pyrevolve` in pyrevolve's place.
 """
 
 from longtape.compose import describe
@@ -12,6 +12,7 @@ from longtape.errors import (
     DamagedBlock,
     LongtapeError,
     PlanError,
+    ReplayError,
     ResumeError,
     StateError,
     StepError,
@@ -35,6 +36,7 @@ __all__ = [
     "Model",
     "PlanError",
     "Problem",
+    "ReplayError",
     "Report",
     "ResumeError",
     "StateError",

@@ -149,6 +149,9 @@ class Await:
     key: Key | None = None
     """The item the plan cannot go on without; None when any free slot would do."""
 
+    room: Kind | None = None
+    """Without a key: what the slot is wanted for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

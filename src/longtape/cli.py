@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
-    except (LongtapeError, ImportError) as error:
+    except (LongtapeError, ImportError, OSError) as error:
         print(f"longtape {parsed.command}: {error}", file=sys.stderr)
         return 2
     return 0
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--disk", help="directory to spill to; it is probed")
     asked.add_argument("--write-bandwidth", help="bytes a second, in place of --disk")
     asked.add_argument("--read-bandwidth", help="bytes a second (default: --write-bandwidth)")
-    asked.add_argument("--latency", type=float, default=0.0, help="seconds a transfer takes however small")
+    asked.add_argument("--latency", type=float, help="seconds a transfer takes however small (default: 0)")
     asked.add_argument("--disk-limit", help="most bytes on disk")
     asked.add_argument("--simulate", action="store_true", help="replay the plan in the event model")
     asked.add_argument("--json", action="store_true")
@@ -81,6 +81,7 @@ def _probe(parsed: argparse.Namespace) -> None:
 def _probe_table(found: Probe) -> str:
     path = "direct I/O" if found.direct_io else f"buffered I/O ({found.fallback_reason})"
     lines = [f"{found.directory}: {path}, items of {format_bytes(found.item_nbytes)}, while a core computes", ""]
+    lines[0] += f"; blocks of {format_bytes(found.block_nbytes)}, one transfer of a kind at a time"
     lines.append(f"{'':<8}{'bandwidth':>14}{'latency':>12}")
     for name, speed, latency in (
         ("write", found.write_bytes_per_second, found.write_latency),
@@ -144,8 +145,16 @@ def _plan(parsed: argparse.Namespace) -> None:
 def _problem(parsed: argparse.Namespace) -> Problem:
     if parsed.disk and parsed.write_bandwidth:
         raise UsageError("give --disk, which is probed, or --write-bandwidth, not both")
-    if parsed.read_bandwidth and not parsed.write_bandwidth:
-        raise UsageError("--read-bandwidth needs --write-bandwidth")
+    for name in ("read_bandwidth", "latency"):
+        if getattr(parsed, name) is not None and not parsed.write_bandwidth:
+            raise UsageError(
+                f"--{name.replace('_', '-')} needs --write-bandwidth"
+                + (", and --disk is probed" if parsed.disk else "")
+            )
+    for name in ("forward", "reverse", "tape", "latency"):
+        seconds = getattr(parsed, name)
+        if seconds is not None and not 0 <= seconds < inf:
+            raise UsageError(f"--{name} must be seconds, 0 or more, not {seconds}")
     has_disk = bool(parsed.disk or parsed.write_bandwidth)
     if parsed.disk_limit and not has_disk:
         raise UsageError("--disk-limit needs --disk or --write-bandwidth")
@@ -190,9 +199,15 @@ def _storage(parsed: argparse.Namespace, problem: Problem) -> tuple[float, float
     if parsed.disk:
         found = probe(parsed.disk, item=max(problem.state_nbytes, 4 << 20))
         return found.write_bytes_per_second, found.read_bytes_per_second, found.write_latency, found.read_latency
-    write = float(parse_bytes(parsed.write_bandwidth)) or inf
-    read = float(parse_bytes(parsed.read_bandwidth)) if parsed.read_bandwidth else write
-    return write, read, parsed.latency, parsed.latency
+    write = _bandwidth("--write-bandwidth", parsed.write_bandwidth)
+    read = write if parsed.read_bandwidth is None else _bandwidth("--read-bandwidth", parsed.read_bandwidth)
+    latency = parsed.latency or 0.0
+    return write, read, latency, latency
+
+
+def _bandwidth(name: str, text: str) -> float:
+    """Bytes a second, with or without the ``/s``."""
+    return float(_positive(name, parse_bytes(text.strip().removesuffix("/s"))))
 
 
 def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
@@ -209,7 +224,7 @@ def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
         "time_seconds": seconds,
         "ideal_seconds": prediction.ideal_seconds,
         "overhead": seconds / prediction.ideal_seconds if prediction.ideal_seconds else 1.0,
-        "peak_memory_bytes": prediction.peak_memory_bytes,
+        "peak_memory_bytes": prediction.peak_memory_bytes if outcome is None else _held(foresight, outcome),
         "peak_disk_bytes": prediction.peak_disk_bytes,
         "bytes_written": prediction.bytes_written,
         "bytes_read": prediction.bytes_read,
@@ -218,9 +233,16 @@ def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
         "reads": prediction.reads if outcome is None else outcome.reads,
         "stall_seconds": prediction.stall_seconds if outcome is None else outcome.stall_seconds,
         "simulated": outcome is not None,
-        "alternatives": {name: other.time_seconds for name, other in choice.alternatives},
+        "alternatives": [asdict(other) for other in foresight.alternatives],
         "improvements": [asdict(gain) for gain in foresight.improvements],
     }
+
+
+def _held(foresight: Foresight, outcome: Outcome) -> int:
+    choice, problem = foresight.choice, foresight.problem
+    tapes = 0 if choice.blocks else (choice.window - 1) * problem.tape_nbytes
+    block = choice.window * (problem.residual_nbytes or 0)
+    return outcome.peak_slots * problem.state_nbytes + outcome.peak_blocks * block + tapes
 
 
 def _table(foresight: Foresight, outcome: Outcome | None) -> str:
@@ -234,7 +256,14 @@ def _table(foresight: Foresight, outcome: Outcome | None) -> str:
         ("steps run", f"{figures['advances']:,} plainly"),
         ("waiting", format_seconds(figures["stall_seconds"])),
     ]
-    rows += [("instead", f"{name}: {format_seconds(taken)}") for name, taken in figures["alternatives"].items()]
+    rows += [
+        (
+            "instead",
+            f"{other.schedule}: {format_seconds(other.time_seconds)}"
+            + ("" if other.fits else f", but in {format_bytes(other.peak_memory_bytes)} of memory"),
+        )
+        for other in foresight.alternatives
+    ]
     rows += [
         ("better", f"{gain.what}: {format_seconds(gain.time_seconds)}, {format_seconds(gain.saved_seconds)} less")
         for gain in foresight.improvements

@@ -10,27 +10,31 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
-from longtape.actions import Kind
+from longtape.actions import Key, Kind
 from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
-from longtape.engine.mover import Budget, Mover
+from longtape.engine.mover import Budget, Mover, Traffic
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Workers
 from longtape.errors import BudgetError, ResumeError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
-from longtape.measure import JobCosts, measure_tier
+from longtape.measure import CodecSpeed, JobCosts, measure_codec, measure_tier
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
-from longtape.plan.choose import Choice, choose
+from longtape.plan.binomial import advances
+from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.protocols import Job, Observer, Tier
-from longtape.report import Quantities, Report
+from longtape.report import Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.codecs import parse_codec
+from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.pool import SlotPool
 
@@ -38,14 +42,20 @@ ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
 """States at least this large are padded to whole pages, so that direct I/O needs no second copy of them."""
 
-LEAST_TO_PIN = 3
-"""Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.
+CODEC_ITEMS = 3
+"""Items' worth of memory that a codec's buffers may take: two to make an item smaller, one to bring one back."""
 
-With fewer, storing would hardly be possible beside it.
-"""
+LEAST_CODEC_GAIN = 0.01
+"""Share of the time that a codec must be predicted to save before it is used."""
 
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
+
+REPLAY_SECONDS = 5e-6
+"""About what a step takes in the event model."""
+
+REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.01, 0.05
+"""A report replays its run in the event model for this share of the run's time, or these seconds."""
 
 STAGED = 4
 """Two items being written, one being stored, and one to spare."""
@@ -66,9 +76,13 @@ class Traits:
     """For a job that reverses several steps at once: bytes each further taped step holds meanwhile."""
     max_window: int = 1
     initial_is_free: bool = False
+    reverse_is_assumed: bool = False
+    """The time of an adjoint step is a guess, and the first that is measured takes its place."""
     working_slots: int = 0
     """Slots the job works in beside those of the budget; given to its `adopt` before the sweep."""
     notes: tuple[str, ...] = ()
+    floats: FloatsOf | None = None
+    """Where items hold floating-point numbers that a lossy codec may round; None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +97,8 @@ class Settings:
     """A tier to use in place of a scratch file in `disk`."""
     costs: Costs | None = None
     """Times to plan with; measured on the job when None."""
+    compress: str | None = None
+    """Codec for what goes to storage, used where it is predicted to pay; None: none."""
     stuck_seconds: float = 30.0
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
     resumable: Resumable | None = None
@@ -101,7 +117,6 @@ class Run:
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Any other setting that cannot be honoured.
-        StorageError: Storage does not work, and the length is unknown, which cannot do without.
     """
 
     def __init__(
@@ -123,9 +138,20 @@ class Run:
         self._process = os.getpid()
         self._early_faults: tuple[str, ...] = ()
         self._keeper: Keeper | None = None
+        self._report: Report | None = None
+        self._codec = None if settings.compress is None else parse_codec(settings.compress)
+        self._compressed: CompressedTier | None = None
+        self._codec_nbytes = 0
+        self._codec_notes: tuple[str, ...] = ()
+        self.choice: Choice
+        self.costs: Costs
         self._tier: Tier | None = None
         self._workers: Workers | None = None
         memory = parse_bytes(settings.memory)
+        if not settings.stuck_seconds > 0:
+            raise UsageError(
+                f"stuck_seconds={settings.stuck_seconds} gives storage no time to answer; give seconds above 0"
+            )
         if traits.steps is not None and traits.steps < 1:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
         if memory < traits.state_nbytes:
@@ -140,11 +166,9 @@ class Run:
             self._workers = None if self._tier is None else Workers(self._tier, self._clock)
             begun = self._begun()
             if begun is None:
-                costs = settings.costs or self._measure(measure)
-                self.choice = self._expected(self._fitted(choose(self._problem(), costs)))
-                self.costs = costs
+                self._choose(measure)
                 if self._keeper is not None:
-                    self._keeper.chosen(self.choice, costs, title=traits.title, steps=traits.steps or 0)
+                    self._keeper.chosen(self.choice, self.costs, title=traits.title, steps=traits.steps or 0)
             else:
                 self.choice, self.costs = begun
             self._assemble()
@@ -156,6 +180,82 @@ class Run:
         self.prepare_seconds = self._clock() - began
 
     # Putting it together -----------------------------------------------------------------------
+
+    def _choose(self, measure: Callable[[], JobCosts] | None) -> None:
+        """Measure, and choose a plan; the codec is used where the plan gains by it."""
+        stated = self._settings.costs
+        job = JobCosts() if stated is not None or measure is None else measure()
+        costs = stated or self._measure(job)
+        self.costs = costs
+        self.choice = self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes - self._spared()))
+        if self._codec is None or self._tier is None:
+            return
+        speed = CodecSpeed(1.0, inf, inf, 1.0)  # stated costs are those of items, codec included
+        if stated is None and job.sample is not None:
+            try:
+                speed = measure_codec(self._codec, job.sample(), self._floats(), job)
+            finally:
+                if job.restore is not None:
+                    job.restore()
+        through = speed.through(costs)
+        found = self._packed_choice(through, speed.stored_fraction)
+        if found is None or not found.uses_disk or (stated is None and not self._gains(found)):
+            why = f" ({_seen(speed)})" if stated is None else ""
+            self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would save no time{why}",)
+            return
+        self.costs, self.choice = through, found
+        self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
+        self._compressed = CompressedTier(self._tier, self._codec, self._floats())
+        assert self._workers is not None
+        self._workers.close(_PATIENCE_SECONDS)
+        self._tier = self._compressed
+        self._workers = Workers(self._tier, self._clock)
+
+    def _gains(self, found: Choice) -> bool:
+        before, after = self.choice.prediction.time_seconds, found.prediction.time_seconds
+        return after < (1.0 - LEAST_CODEC_GAIN) * before
+
+    def _packed_choice(self, costs: Costs, fraction: float) -> Choice | None:
+        """The best plan if items pass the codec, whose own buffers count; None where they leave no room."""
+        item = self._item_nbytes(self._traits.state_nbytes)
+        for _ in range(2):  # the second time with buffers for the blocks that the first one chose
+            choice = self._choice_beside(CODEC_ITEMS * item, costs, fraction)
+            largest = 0 if choice is None else self._largest_item(choice)
+            if choice is None or largest <= item:
+                break
+            item = largest
+        else:
+            return None
+        if choice is None:
+            return None
+        stored = choice.prediction
+        return replace(
+            choice,
+            prediction=replace(
+                stored,
+                peak_memory_bytes=stored.peak_memory_bytes + CODEC_ITEMS * item,
+                peak_disk_bytes=ceil(fraction * stored.peak_disk_bytes),
+                bytes_written=ceil(fraction * stored.bytes_written),
+                bytes_read=ceil(fraction * stored.bytes_read),
+            ),
+        )
+
+    def _choice_beside(self, taken: int, costs: Costs, fraction: float) -> Choice | None:
+        """The best plan for items of which a fraction is stored, with less memory."""
+        problem, memory = self._problem(), self.memory_nbytes - taken
+        limit = None if problem.disk_nbytes is None else int(problem.disk_nbytes / fraction)
+        try:
+            choice = choose(replace(problem, memory_nbytes=memory, disk_nbytes=limit), costs)
+            return self._expected(self._fitted(choice, memory))
+        except BudgetError:
+            return None
+
+    def _largest_item(self, choice: Choice) -> int:
+        block = self._block_nbytes(choice) if choice.blocks else 0
+        return max(self._item_nbytes(self._traits.state_nbytes), block)
+
+    def _floats(self) -> FloatsOf | None:
+        return self._traits.floats if self._codec is not None and self._codec.bound is not None else None
 
     def _open_tier(self) -> Tier | None:
         settings = self._settings
@@ -176,8 +276,6 @@ class Run:
         settings = self._settings
         if settings.resumable is None:
             return None
-        if self._traits.steps is None:
-            raise UsageError("a run of unknown length cannot be resumed; give the number of steps, or leave out resume")
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
         return Keeper(settings.resumable, limit=limit, stuck_seconds=settings.stuck_seconds)
 
@@ -202,7 +300,7 @@ class Run:
 
     def _go_without_storage(self, error: OSError) -> None:
         """Storage failed before the run began: recompute within memory instead, and say so."""
-        if self._traits.steps is None or self._keeper is not None:
+        if self._keeper is not None:
             raise error
         self._release_storage(_PATIENCE_SECONDS)
         self._tier = self._workers = None
@@ -218,20 +316,31 @@ class Run:
 
     def _problem(self) -> Problem:
         traits = self._traits
-        limit = self._settings.disk_limit
         return Problem(
             steps=traits.steps,
             state_nbytes=self._item_nbytes(traits.state_nbytes),
             memory_nbytes=self.memory_nbytes - self._spared(),
             has_disk=self._tier is not None,
-            disk_nbytes=None if limit is None else parse_bytes(limit),
+            disk_nbytes=self._room_on_disk(),
             residual_nbytes=traits.residual_nbytes,
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
+            pins_initial=not traits.initial_is_free,
         )
 
-    def _measure(self, measure: Callable[[], JobCosts] | None) -> Costs:
-        job = JobCosts() if measure is None else measure()
+    def _room_on_disk(self) -> int | None:
+        """The stated limit, less what the headers of snapshots take of it."""
+        if self._settings.disk_limit is None:
+            return None
+        limit, state = parse_bytes(self._settings.disk_limit), self._item_nbytes(self._traits.state_nbytes)
+        return limit // self._stored_nbytes(state) * state
+
+    def _stored_nbytes(self, nbytes: int) -> int:
+        """What an item of so many bytes takes on storage."""
+        of_tier = getattr(self._tier, "item_nbytes", None)
+        return nbytes if of_tier is None else int(of_tier(nbytes))
+
+    def _measure(self, job: JobCosts) -> Costs:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
         if self._tier is None or self._workers is None:
             return without
@@ -262,14 +371,14 @@ class Run:
     def _block_nbytes(self, choice: Choice) -> int:
         return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)
 
-    def _fitted(self, choice: Choice) -> Choice:
+    def _fitted(self, choice: Choice, memory: int) -> Choice:
         """The choice with as many slots, or else blocks, less as the heads of the blocks take."""
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        over = choice.slots * state + choice.blocks * block - (self.memory_nbytes - self._spared())
+        over = choice.slots * state + choice.blocks * block - memory
         if over <= 0 or not choice.blocks:
             return choice
         slots = max(1, choice.slots - -(-over // state))
-        room = self.memory_nbytes - self._spared() - slots * state
+        room = memory - slots * state
         if room >= block:
             return replace(choice, slots=slots, blocks=min(choice.blocks, room // block))
         window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
@@ -294,10 +403,7 @@ class Run:
         if self.choice.schedule == "asynchronous" and staging is not None:
             layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
         free = self._traits.initial_is_free
-        # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
-        least = LEAST_TO_PIN if self.choice.record_fraction < 1.0 else 1
-        pinned = self.choice.uses_disk and self.choice.slots >= least and not free
-        return replace(layout, staging=staging, initial_is_free=free, pin_initial=pinned)
+        return replace(layout, staging=staging, initial_is_free=free)
 
     def _staging(self) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""
@@ -316,8 +422,14 @@ class Run:
         stock = Stock(choice.slots, choice.blocks, steps=self._traits.steps, clock=self._clock)
         if costs.forward > 0:
             stock.forward.add(costs.forward)
-        stock.reverse.add(costs.reverse)
+        if not self._traits.reverse_is_assumed:
+            stock.reverse.add(costs.reverse)
         if self._tier is not None:
+            stock.item_nbytes = {
+                k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))
+            }
+            if self._settings.disk_limit is not None:
+                stock.storage_limit = parse_bytes(self._settings.disk_limit)
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
             stock.block_write.add(costs.write_seconds(block))
@@ -333,9 +445,10 @@ class Run:
         if self._traits.working_slots:
             self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
         self._budget = Budget(self.memory_nbytes)
+        self._budget.reserve(self._codec_nbytes)
         if not choice.blocks:
             self._budget.reserve((choice.window - 1) * self._traits.tape_nbytes)
-        self._trace = Trace(self._clock(), self._held)
+        self._trace = Trace(self._clock(), self._held, self._spacing if self._paces_itself() else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
             stock=stock,
@@ -384,7 +497,17 @@ class Run:
                 pool.give(slot)
 
     def _held(self) -> tuple[int, int]:
-        return self._budget.in_use, self._mover.stored_nbytes
+        stored = self._mover.stored_nbytes if self._compressed is None else self._compressed.stored_nbytes
+        return self._budget.in_use, stored
+
+    def _paces_itself(self) -> bool:
+        """Whether the plan stores as often as storage allows, and so follows the measured times."""
+        choice = self.choice
+        return choice.schedule == "asynchronous" and choice.stall_spacing is None
+
+    def _spacing(self) -> float:
+        stock = self._stock
+        return stock.write.value / stock.forward.value if stock.forward.value > 0 else 0.0
 
     def _warn_once(self, message: str) -> None:
         if len(self._mover.faults) == 1:
@@ -473,45 +596,137 @@ class Run:
         """
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
+        if self._report is None:
+            self._report = self._make_report()
+        return self._report
+
+    def _make_report(self) -> Report:
         trace, mover, choice, keeper = self._trace, self._mover, self.choice, self._keeper
-        waited = trace.seconds("wait")
+        steps = self._stock.steps or 0
         tier: Any = self._tier
+        packed = self._compressed
+        written, fetched = _total(mover.written.values()), _total(mover.fetched.values())
+        measured = Quantities(
+            seconds=self.forward_seconds + self.reverse_seconds,
+            peak_memory_bytes=self._budget.peak,
+            peak_disk_bytes=mover.peak_stored_nbytes if packed is None else packed.peak_stored_nbytes,
+            bytes_written=written.nbytes if packed is None else packed.bytes_stored,
+            bytes_read=fetched.nbytes if packed is None else packed.bytes_fetched,
+            steps_recomputed=trace.steps_replayed,
+            stall_seconds=trace.seconds("wait"),
+        )
         return Report(
             title=self._traits.title,
-            steps=self._stock.steps or 0,
+            steps=steps,
             schedule=choice.schedule,
             window=choice.window,
             slots=choice.slots,
             memory_budget_bytes=self.memory_nbytes,
             predicted=self.predicted,
-            measured=Quantities(
-                seconds=self.forward_seconds + self.reverse_seconds,
-                peak_memory_bytes=self._budget.peak,
-                peak_disk_bytes=mover.peak_stored_nbytes,
-                bytes_written=mover.written.nbytes,
-                bytes_read=mover.fetched.nbytes,
-                steps_recomputed=trace.steps_replayed,
-                stall_seconds=waited,
-            ),
+            measured=measured,
             prepare_seconds=self.prepare_seconds,
             forward_seconds=self.forward_seconds,
             reverse_seconds=self.reverse_seconds,
             forward_stall_seconds=self._forward_stall,
             steps_taped_again=trace.steps_retaped,
             steps_recorded=trace.steps_recorded,
-            writes=mover.written.count,
-            reads=mover.fetched.count,
-            write_seconds=mover.written.seconds,
-            read_seconds=mover.fetched.seconds,
+            writes=written.count,
+            reads=fetched.count,
+            write_seconds=written.seconds,
+            read_seconds=fetched.seconds,
             overlap_fraction=trace.overlap_fraction(),
             direct_io=getattr(tier, "direct", None),
-            faults=(*self._early_faults, *mover.faults, *(keeper.faults if keeper is not None else ())),
-            failed_transfers=mover.written.failures + mover.fetched.failures,
+            faults=(*self._early_faults, *mover.faults, *(() if keeper is None else keeper.faults)),
+            failed_transfers=written.failures + fetched.failures,
             repeated_reads=mover.repeated_reads,
-            notes=(*self._traits.notes, *self._tier_notes(), *(keeper.notes if keeper is not None else ())),
+            notes=(
+                *self._traits.notes,
+                *self._tier_notes(),
+                *self._codec_notes,
+                *(() if keeper is None else keeper.notes),
+            ),
             resumed_from=None if keeper is None else keeper.resumed_from,
             durable_points=None if keeper is None else keeper.durable_points,
             durable_seconds=0.0 if keeper is None else keeper.seconds,
+            codec=None if packed is None else packed.codec.name,
+            compression_ratio=None if packed is None else packed.ratio,
+            lossy_bound=None if packed is None else packed.codec.bound,
+            simulated=self._simulated(measured),
+            revolve_steps_recomputed=max(0, advances(steps + 1, self._slots_for_revolve(steps)) - steps),
+            transfers=tuple(
+                Transfers(kind.value, direction, moved.count, moved.nbytes, moved.seconds, moved.failures)
+                for direction, by_kind in (("write", mover.written), ("read", mover.fetched))
+                for kind, moved in by_kind.items()
+                if moved.count or moved.failures
+            ),
+            stalls=tuple(
+                Stall(*cause, wait.count, wait.seconds, wait.longest, wait.longest_at)
+                for cause, wait in sorted(trace.waits.items(), key=lambda found: -found[1].seconds)
+            ),
+            replans=tuple(Replan(*change) for change in trace.replans),
+            replan_count=trace.replan_count,
+            states_verified=getattr(self._job, "states_verified", None),
+        )
+
+    def _slots_for_revolve(self, steps: int) -> int:
+        return max(1, min(steps + 1, self.memory_nbytes // self._item_nbytes(self._traits.state_nbytes)))
+
+    def _simulated(self, measured: Quantities) -> Quantities | None:
+        """The plan replayed with the mean times of this run, unless that would take long beside it.
+
+        None, too, for a run that was resumed: it saw only part of the plan.
+        """
+        trace, steps = self._trace, self._stock.steps or 0
+        if self._keeper is not None and self._keeper.resumed_from is not None:
+            return None
+        if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
+            return None
+        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
+        outcome = simulate(
+            steps,
+            self.choice.slots,
+            self._seen_speeds(steps),
+            layout=self._layout(),
+            blocks=self.choice.blocks,
+            known=self._traits.steps is not None,
+        )
+        # The model counts items, and which of them are blocks is known only of the run.
+        mean_written = measured.bytes_written / max(1, sum(moved.count for moved in self._mover.written.values()))
+        mean_read = measured.bytes_read / max(1, sum(moved.count for moved in self._mover.fetched.values()))
+        tapes = 0 if self.choice.blocks else (self.choice.window - 1) * self._traits.tape_nbytes
+        return Quantities(
+            seconds=outcome.seconds,
+            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + tapes,
+            peak_disk_bytes=measured.peak_disk_bytes if self.choice.blocks else outcome.peak_stored * state,
+            bytes_written=round(outcome.writes * mean_written),
+            bytes_read=round(outcome.reads * mean_read),
+            steps_recomputed=max(0, outcome.advances - (steps - min(steps, trace.steps_recorded))),
+            stall_seconds=outcome.stall_seconds,
+        )
+
+    def _seen_speeds(self, steps: int) -> Speeds:
+        """Mean seconds of this run; where something did not happen, what was expected of it."""
+        trace, costs, mover = self._trace, self.costs, self._mover
+        run = trace.steps_forward + trace.steps_replayed + (trace.steps_retaped if self.choice.blocks else 0)
+        forward = (trace.seconds("forward") + trace.seconds("replay")) / max(1, run)
+        reverse = trace.seconds("reverse") / steps
+
+        def mean(by_kind: dict[Kind, Traffic], otherwise: Callable[[int], float]) -> Callable[[Key], float]:
+            sizes = {Kind.SNAPSHOT: self._item_nbytes(self._traits.state_nbytes)}
+            sizes[Kind.RESIDUALS] = self._block_nbytes(self.choice)
+            found = {
+                kind: by_kind[kind].seconds / by_kind[kind].count if by_kind[kind].count else otherwise(nbytes)
+                for kind, nbytes in sizes.items()
+            }
+            return lambda key: found[key.kind]
+
+        return Speeds(
+            forward=forward,
+            reverse=reverse,
+            write=mean(mover.written, costs.write_seconds),
+            read=mean(mover.fetched, costs.read_seconds),
+            record=forward if self.choice.blocks else None,
+            pull_back=reverse if self.choice.blocks else None,
         )
 
     def _tier_notes(self) -> tuple[str, ...]:
@@ -522,20 +737,68 @@ class Run:
     def predicted(self) -> Quantities:
         """What the plan says the run will take."""
         prediction, steps = self.choice.prediction, self._stock.steps or 0
+        if self._traits.steps is None and steps:  # the plan was made for a length that was only assumed
+            prediction = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
         return Quantities(
             seconds=prediction.time_seconds,
             peak_memory_bytes=prediction.peak_memory_bytes,
             peak_disk_bytes=prediction.peak_disk_bytes,
             bytes_written=prediction.bytes_written,
             bytes_read=prediction.bytes_read,
-            steps_recomputed=max(0, prediction.advances - steps),
+            steps_recomputed=max(0, prediction.advances - round((1.0 - self.choice.record_fraction) * steps)),
             stall_seconds=prediction.stall_seconds,
         )
+
+
+def _total(traffic: Iterable[Traffic]) -> Traffic:
+    total = Traffic()
+    for moved in traffic:
+        total.count += moved.count
+        total.nbytes += moved.nbytes
+        total.seconds += moved.seconds
+        total.failures += moved.failures
+    return total
+
+
+def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | None) -> None:
+    """What cannot be combined with a run that can be resumed.
+
+    Raises:
+        UsageError: The length is not known, or items go to a tier of the caller's own, or through a codec.
+    """
+    if steps is None:
+        raise UsageError("a run of unknown length cannot be resumed; give the number of steps, or leave out resume")
+    if tier is not None:
+        raise UsageError("a run in a tier of your own cannot be resumed; leave out tier, or resume")
+    if compress is not None:
+        raise UsageError(
+            "a run that can be resumed stores its items as they are, for how long a packed one is, is known to its "
+            "process alone; leave out compress, or resume"
+        )
+
+
+def refuse_lossy_verification(compress: str | None) -> None:
+    """States that come back rounded cannot be the same bit for bit.
+
+    Raises:
+        UsageError: `compress` names a lossy codec.
+    """
+    if compress is not None and parse_codec(compress).bound is not None:
+        raise UsageError(f"verify=True compares bit for bit, and compress={compress!r} rounds; leave one out")
 
 
 def _warn(message: str) -> None:
     """Once a run: what storage does costs time, and the user should know where it went."""
     warnings.warn(f"longtape: {message}; the run goes on without, and takes longer", RuntimeWarning, stacklevel=3)
+
+
+def _seen(speed: CodecSpeed) -> str:
+    times = 1.0 / speed.stored_fraction if speed.stored_fraction else inf
+    rates = [
+        f"{format_bytes(min(rate, 1e15))}/s" for rate in (speed.encode_bytes_per_second, speed.decode_bytes_per_second)
+    ]
+    slow = f", and steps took {speed.slowdown:.2f} times as long beside it" if speed.slowdown > 1.005 else ""
+    return f"an item of this job became {times:.2f} times smaller, at {rates[0]} out and {rates[1]} back{slow}"
 
 
 def describe(choice: Choice) -> str:

@@ -6,6 +6,7 @@
     ├── UsageError (ValueError)        what was asked cannot be done as asked
     │   ├── BudgetError                too little memory; says the least that would do
     │   ├── StepError                  a step broke its contract
+    │   │   └── ReplayError            run again, a step gave something else
     │   └── ResumeError                the files of a resumable run are not of the run that was asked for
     ├── StorageError (OSError)         a tier could not do what was asked
     │   ├── StorageFull                no space left, or the stated limit is reached
@@ -38,6 +39,21 @@ class BudgetError(UsageError):
 
 class StepError(UsageError):
     """The user's step changed shape, dtype or structure, or broke another part of its contract."""
+
+
+class ReplayError(StepError):
+    """A state that was computed again, or fetched, is not what it was the first time; found by ``verify=True``.
+
+    Args:
+        message: What is wrong.
+        step: The step that gave another result; for a snapshot that has changed, its number.
+        leaf: What differs: ``state[i]`` of a `Sweep`, or the path of the leaf in the carry of a scan.
+    """
+
+    def __init__(self, message: str, *, step: int, leaf: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.leaf = leaf
 
 
 class ResumeError(UsageError):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import inf
 
 from longtape.actions import Key, Kind
 from longtape.plan.asynchronous import Layout
 from longtape.plan.choose import Choice, choose
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
+
+STORAGE_BYTES_PER_SECOND = 1e9
+"""Of an ordinary solid-state disk, to say what one would bring where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +27,17 @@ class Improvement:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """Another schedule for the same job."""
+
+    schedule: str
+    time_seconds: float
+    peak_memory_bytes: int
+    fits: bool
+    """Whether it fits the budget; storing everything is listed even where it does not."""
+
+
+@dataclass(frozen=True, slots=True)
 class Foresight:
     """A plan, its alternatives and what would be better."""
 
@@ -30,23 +46,29 @@ class Foresight:
     choice: Choice
     improvements: tuple[Improvement, ...]
     """Those that would save at least a hundredth of the time, the largest saving first."""
+    alternatives: tuple[Alternative, ...] = ()
+    """The best of each other schedule, the quickest first; what storing everything would need is always among them."""
 
 
 def layout_of(choice: Choice, problem: Problem) -> Layout:
     """The choice in the terms of the plan generator."""
+    # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
+    least = LEAST_TO_PIN if choice.record_fraction < 1.0 else 1
     return Layout(
         window=choice.window,
         tail=choice.tail,
         fixed_spacing=choice.stall_spacing,
         records=choice.blocks > 0,
         record_fraction=choice.record_fraction,
+        plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,
         stores=choice.uses_disk,
         safety=safety_windows(problem, choice.window),
+        pin_initial=problem.pins_initial and choice.uses_disk and choice.slots >= least,
     )
 
 
 def foresee(problem: Problem, costs: Costs) -> Foresight:
-    """Choose a plan and say what twice the memory, or storage twice as fast, would bring.
+    """Choose a plan, and say what more memory or faster storage would bring and how other schedules compare.
 
     Raises:
         BudgetError: The memory cannot hold one state; says the least that would.
@@ -54,17 +76,48 @@ def foresee(problem: Problem, costs: Costs) -> Foresight:
     """
     choice = choose(problem, costs)
     seconds = choice.prediction.time_seconds
-    faster = replace(
-        costs,
-        write_bytes_per_second=2 * costs.write_bytes_per_second,
-        read_bytes_per_second=2 * costs.read_bytes_per_second,
-    )
-    others = {"twice the memory": (replace(problem, memory_nbytes=2 * problem.memory_nbytes), costs)}
-    if problem.has_disk:
-        others["storage twice as fast"] = (problem, faster)
-    found = [(what, choose(*case).prediction.time_seconds) for what, case in others.items()]
+    found = [(what, choose(*case).prediction.time_seconds) for what, case in _better(problem, costs).items()]
     gains = [Improvement(what, taken, seconds - taken) for what, taken in found if taken < 0.99 * seconds]
-    return Foresight(problem, costs, choice, tuple(sorted(gains, key=lambda gain: gain.time_seconds)))
+    return Foresight(
+        problem,
+        costs,
+        choice,
+        tuple(sorted(gains, key=lambda gain: gain.time_seconds)),
+        tuple(sorted(_alternatives(problem, costs, choice), key=lambda other: other.time_seconds)),
+    )
+
+
+def _better(problem: Problem, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
+    """What the user could give more of."""
+    found = {
+        f"{words} the memory": (replace(problem, memory_nbytes=times * problem.memory_nbytes), costs)
+        for words, times in (("twice", 2), ("four times", 4))
+    }
+    if not problem.has_disk:
+        speed = dict.fromkeys(("write_bytes_per_second", "read_bytes_per_second"), STORAGE_BYTES_PER_SECOND)
+        found["storage at 1 GB/s"] = (replace(problem, has_disk=True), replace(costs, **speed))
+        return found
+    for words, times in (("twice", 2), ("four times", 4)):
+        faster = replace(
+            costs,
+            write_bytes_per_second=times * costs.write_bytes_per_second,
+            read_bytes_per_second=times * costs.read_bytes_per_second,
+        )
+        found[f"storage {words} as fast"] = (problem, faster)
+    if problem.disk_nbytes is not None:
+        found["storage without a limit"] = (replace(problem, disk_nbytes=None), costs)
+    return found
+
+
+def _alternatives(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Alternative]:
+    for name, other in choice.alternatives:
+        yield Alternative(name, other.time_seconds, other.peak_memory_bytes, fits=True)
+    if problem.steps is None or "store_all" in {choice.schedule, *(name for name, _ in choice.alternatives)}:
+        return
+    item = problem.residual_nbytes if costs.record is not None and problem.residual_nbytes else problem.state_nbytes
+    enough = replace(problem, memory_nbytes=problem.state_nbytes + (problem.steps + 1) * item, has_disk=False)
+    everything = choose(enough, costs).prediction
+    yield Alternative("store_all", everything.time_seconds, everything.peak_memory_bytes, fits=False)
 
 
 def replay(foresight: Foresight) -> Outcome:
@@ -85,7 +138,17 @@ def replay(foresight: Foresight) -> Outcome:
         costs.pull_back,
     )
     layout = layout_of(choice, problem)
-    return simulate(steps, choice.slots, speeds, layout=layout, blocks=choice.blocks, known=problem.steps is not None)
+    limit = inf if problem.disk_nbytes is None else problem.disk_nbytes
+    return simulate(
+        steps,
+        choice.slots,
+        speeds,
+        layout=layout,
+        blocks=choice.blocks,
+        known=problem.steps is not None,
+        storage_limit=limit,
+        item_nbytes={Kind.SNAPSHOT: problem.state_nbytes, Kind.RESIDUALS: block},
+    )
 
 
 def time_against_memory(problem: Problem, costs: Costs, *, points: int = 24) -> list[tuple[str, int, float]]:

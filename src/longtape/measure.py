@@ -1,17 +1,23 @@
-"""Times a job's transfers on the very path they will take, before a plan is chosen."""
+"""Times a job's transfers on the very path they will take, codec included, before a plan is chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from statistics import median
 from time import perf_counter
 
+import numpy as np
+
 from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers
 from longtape.errors import StorageError
-from longtape.protocols import Slot, Tier
+from longtape.plan.costs import Costs
+from longtape.protocols import Bytes, Slot, Tier
+from longtape.tiers.codecs import Codec
+from longtape.tiers.compressed import CompressedTier, FloatsOf
+from longtape.tiers.memory import MemoryTier
 from longtape.tiers.pool import SlotPool
 
 _PROBE = Key(Kind.SNAPSHOT, -1)
@@ -29,7 +35,9 @@ class JobCosts:
     busy: Callable[[], None] | None = None
     """Runs some steps whose results are thrown away, so that transfers can be timed under load."""
     restore: Callable[[], None] | None = None
-    """Puts state 0 back after `busy`."""
+    """Puts state 0 back after `busy` and `sample`."""
+    sample: Callable[[], tuple[Kind, Bytes]] | None = None
+    """An item of the job's own data, some steps on: how small it becomes depends on what it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,70 @@ class TierSpeed:
     """How fast the system provides memory that is used for the first time."""
 
 
+@dataclass(frozen=True, slots=True)
+class CodecSpeed:
+    """What a codec was seen to make of a job's own data, on a worker, beside the job's own steps."""
+
+    stored_fraction: float
+    """Bytes stored per byte of the item; 1 where it does not get smaller."""
+    encode_bytes_per_second: float
+    decode_bytes_per_second: float
+    """Of the item, not of what is stored."""
+    slowdown: float
+    """How many times longer steps take beside the codec; 1 where it has a core to itself."""
+
+    def through(self, costs: Costs) -> Costs:
+        """Costs of items that pass the codec on their way: t_w(n) = latency + n/encode + n·fraction/bandwidth."""
+        slow, stored = self.slowdown, self.stored_fraction
+        write = 1.0 / self.encode_bytes_per_second + stored / costs.write_bytes_per_second
+        read = 1.0 / self.decode_bytes_per_second + stored / costs.read_bytes_per_second
+        return replace(
+            costs,
+            forward=slow * costs.forward,
+            reverse=slow * costs.reverse,
+            record=None if costs.record is None else slow * costs.record,
+            pull_back=None if costs.pull_back is None else slow * costs.pull_back,
+            write_bytes_per_second=1.0 / write,
+            read_bytes_per_second=1.0 / read,
+        )
+
+
+def measure_codec(codec: Codec, sample: tuple[Kind, Bytes], floats: FloatsOf | None, job: JobCosts) -> CodecSpeed:
+    """Encode and decode an item of the job's own data a few times, under the job's own load."""
+    kind, data = sample
+    tier = CompressedTier(MemoryTier(), codec, floats)
+    workers = Workers(tier, perf_counter)
+    key, slot, during = Key(kind, -1), Slot(data), list[float]()
+
+    def busy() -> None:
+        during.append(_seconds_of(job.busy))
+
+    def median_time(*, is_write: bool) -> float:
+        transfers = [Transfer(key, slot, is_write=is_write) for _ in range(_REPEATS)]
+        return median(_time(workers, transfer, busy if job.busy else None, 30.0) for transfer in transfers)
+
+    try:
+        tier.reserve(key, data.nbytes)
+        tier.write(key, data)  # the first call may load libraries, and touches memory
+        alone = [_seconds_of(job.busy) for _ in range(2 * _REPEATS)]
+        encode = median_time(is_write=True)
+        slot.data = np.empty_like(data)
+        decode = median_time(is_write=False)
+        fraction = tier.stored_nbytes / data.nbytes if data.nbytes else 1.0
+    finally:
+        workers.close(30.0)
+        tier.close()
+    slowdown = max(1.0, median(during) / max(median(alone), 1e-9)) if during else 1.0
+    return CodecSpeed(fraction, data.nbytes / encode, data.nbytes / decode, slowdown)
+
+
+def _seconds_of(busy: Callable[[], None] | None) -> float:
+    began = perf_counter()
+    if busy is not None:
+        busy()
+    return perf_counter() - began
+
+
 def measure_tier(
     tier: Tier,
     workers: Workers,
@@ -51,6 +123,7 @@ def measure_tier(
     *,
     busy: Callable[[], None] | None = None,
     stuck_seconds: float = 30.0,
+    repeats: int = _REPEATS,
 ) -> TierSpeed:
     """Write and read back items of the given sizes, under the job's own load where `busy` provides it.
 
@@ -60,6 +133,7 @@ def measure_tier(
         sizes: One or two item sizes in bytes; with two, latency and bandwidth are told apart.
         busy: Called over and over while a transfer is in progress.
         stuck_seconds: After so long without an answer the tier counts as failed.
+        repeats: How often each item is written, and read; the median counts.
 
     Raises:
         StorageError: The tier failed; nothing is kept of the attempt.
@@ -69,7 +143,7 @@ def measure_tier(
     began = perf_counter()
     slot.data[:] = 0
     touch = slot.data.nbytes / max(perf_counter() - began, 1e-9)
-    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy, stuck_seconds) for nbytes in sizes]
+    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy, stuck_seconds, repeats) for nbytes in sizes]
     pool.give(slot)
     del slot
     pool.close()
@@ -79,10 +153,10 @@ def measure_tier(
 
 
 def _time_both(
-    tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None, stuck_seconds: float
+    tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None, stuck_seconds: float, repeats: int
 ) -> tuple[float, float]:
     def median_time(*, is_write: bool) -> float:
-        transfers = [Transfer(_PROBE, slot, is_write=is_write) for _ in range(_REPEATS)]
+        transfers = [Transfer(_PROBE, slot, is_write=is_write) for _ in range(repeats)]
         return median(_time(workers, transfer, busy, stuck_seconds) for transfer in transfers)
 
     tier.reserve(_PROBE, slot.data.nbytes)

@@ -160,6 +160,7 @@ def time_against_memory(
         ha="center",
         textcoords="offset points",
         color=_INK,
+        bbox={"color": "white", "alpha": 0.85, "pad": 1.5, "lw": 0},
     )
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda nbytes, _: format_bytes(round(nbytes)))

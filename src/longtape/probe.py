@@ -15,7 +15,9 @@ from longtape.sizes import parse_bytes
 from longtape.tiers.disk import DiskTier
 
 _SMALL = 64 * 1024
-_REPEATS = 3
+_REPEATS = 5
+LARGEST_ITEM_NBYTES = 128 << 20
+"""Larger items are not moved: what is written stays below (1 + repeats) times this, whatever is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,11 @@ class Probe:
     fallback_reason: str | None
     """Why transfers go through the page cache, where they do."""
     item_nbytes: int
+    """Size of the larger items that were moved."""
+    block_nbytes: int
+    """What offsets and lengths in the file are multiples of."""
+    queue_depth: int
+    """Transfers of a kind under way at once: one, as in a run."""
     write_bytes_per_second: float
     read_bytes_per_second: float
     write_latency: float
@@ -41,7 +48,8 @@ def probe(directory: str | os.PathLike[str], *, item: int | str = "16MiB") -> Pr
 
     Args:
         directory: Where to; must exist and be writable.
-        item: Size of the items to move, such as the state of the model to come.
+        item: Size of the items to move, such as the state of the model to come; 128 MiB stand for
+            all that is larger.
 
     Raises:
         UsageError: The directory is missing or not writable, or the size makes no sense.
@@ -50,12 +58,13 @@ def probe(directory: str | os.PathLike[str], *, item: int | str = "16MiB") -> Pr
     nbytes = parse_bytes(item)
     if nbytes < 1:
         raise UsageError(f"an item of {nbytes} bytes cannot be moved; give at least 1")
+    nbytes = min(nbytes, LARGEST_ITEM_NBYTES)
     began = time.perf_counter()
     tier = DiskTier(directory)
     try:
         workers = Workers(tier, time.perf_counter)
         try:
-            speed = measure_tier(tier, workers, [min(_SMALL, nbytes), nbytes], busy=_work)
+            speed = measure_tier(tier, workers, [min(_SMALL, nbytes), nbytes], busy=_work, repeats=_REPEATS)
         finally:
             workers.close(30.0)
         return Probe(
@@ -63,6 +72,8 @@ def probe(directory: str | os.PathLike[str], *, item: int | str = "16MiB") -> Pr
             direct_io=tier.direct,
             fallback_reason=tier.fallback_reason,
             item_nbytes=nbytes,
+            block_nbytes=tier.block_nbytes,
+            queue_depth=1,
             write_bytes_per_second=speed.write_bytes_per_second,
             read_bytes_per_second=speed.read_bytes_per_second,
             write_latency=speed.write_latency,

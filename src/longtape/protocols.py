@@ -6,7 +6,7 @@ Nothing here is implemented; nothing here knows a framework, a file or a thread.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,15 @@ class Slot:
 
     views: Any = field(default=None)
     """A front end's cache of typed views of `data`; the engine never looks at it."""
+
+
+class Floats(NamedTuple):
+    """A run of floating-point numbers in the bytes of an item, from byte `start` to before `stop`."""
+
+    start: int
+    stop: int
+    itemsize: int
+    """Bytes of each number: 4 or 8, in the machine's own format."""
 
 
 class Pool(Protocol):

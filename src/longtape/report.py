@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from longtape.sizes import format_bytes, format_seconds
 
@@ -22,6 +25,55 @@ class Quantities:
     """Plain steps run again after the first sweep; the taped run of a step for its adjoint is not one."""
     stall_seconds: float
     """Seconds compute waited for transfers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """What was moved of one kind of item in one direction."""
+
+    kind: str
+    """``snapshot`` or ``residuals``."""
+    direction: str
+    """``write`` or ``read``."""
+    count: int
+    nbytes: int
+    seconds: float
+    """Storage was busy with them for so long, failed ones included."""
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Compute waiting for one cause, all waits together."""
+
+    sweep: str
+    """``forward`` or ``reverse``."""
+    kind: str
+    """``snapshot`` or ``residuals``."""
+    lacking: str
+    """``item``: it had not been read yet; ``slot``: memory for one was still being written from, or read into."""
+    count: int
+    seconds: float
+    longest_seconds: float
+    longest_at: float
+    """When the longest wait began, in seconds from the start of the run."""
+
+    def __str__(self) -> str:
+        what = f"a {self.kind}" if self.kind == "snapshot" else self.kind
+        lacking = f"{what} not read yet" if self.lacking == "item" else f"a free slot for {what}"
+        text = f"{format_seconds(self.seconds)} in the {self.sweep} sweep for {lacking}"
+        return f"{text} ({self.count:,} waits, the longest {format_seconds(self.longest_seconds)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Replan:
+    """The forward sweep began to store at another spacing, because measured times had changed."""
+
+    at_seconds: float
+    step: int
+    spacing_before: float
+    """Steps."""
+    spacing_after: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,29 +124,58 @@ class Report:
     """Moments from which this run could have been resumed; None for a run that cannot."""
     durable_seconds: float = 0.0
     """For which compute stood still so that the run could be resumed; part of `measured`."""
+    simulated: Quantities | None = None
+    """The same plan in the event model, where every step and transfer takes the mean time it took in this run.
+
+    What `measured` lacks of it was lost to noise; what `predicted` lacks, to costs that were
+    estimated wrongly.  None where replaying would take long beside the run.
+    """
+    revolve_steps_recomputed: int = 0
+    """What the optimum within the same memory, and without storage, would have run again (Revolve)."""
+    transfers: tuple[Transfers, ...] = ()
+    stalls: tuple[Stall, ...] = ()
+    """The longest first; `measured.stall_seconds` is their sum."""
+    replans: tuple[Replan, ...] = ()
+    """Changes of the spacing by half or more, the first of them."""
+    replan_count: int = 0
+    states_verified: int | None = None
+    """States found the same when they were computed again or fetched; None without ``verify=True``."""
+    codec: str | None = None
+    """What items were compressed with on their way to storage; None: not."""
+    compression_ratio: float | None = None
+    """Bytes of the items written over bytes that were stored of them."""
+    lossy_bound: float | None = None
+    """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
 
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(asdict(self))
 
+    def append_to(self, path: str | os.PathLike[str]) -> None:
+        """Add the report to a file of JSON lines, one line a run; the file is made if it is not there."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(self.to_json() + "\n")
+
     def __str__(self) -> str:
         rows = [
-            ("time", *self._both("seconds", format_seconds)),
-            ("peak memory", *self._both("peak_memory_bytes", format_bytes)),
-            ("peak disk", *self._both("peak_disk_bytes", format_bytes)),
-            ("bytes written", *self._both("bytes_written", format_bytes)),
-            ("bytes read", *self._both("bytes_read", format_bytes)),
-            ("steps recomputed", *self._both("steps_recomputed", lambda n: f"{n:,}")),
-            ("compute waited", *self._both("stall_seconds", format_seconds)),
+            ("time", *self._all("seconds", format_seconds)),
+            ("peak memory", *self._all("peak_memory_bytes", format_bytes)),
+            ("peak disk", *self._all("peak_disk_bytes", format_bytes)),
+            ("bytes written", *self._all("bytes_written", format_bytes)),
+            ("bytes read", *self._all("bytes_read", format_bytes)),
+            ("steps recomputed", *self._all("steps_recomputed", lambda n: f"{n:,}")),
+            ("compute waited", *self._all("stall_seconds", format_seconds)),
         ]
         lines = [f"{self.title}: {self.steps:,} steps, schedule {self.schedule}", ""]
-        lines.append(f"{'':<18}{'predicted':>14}{'measured':>14}")
-        lines += [f"{name:<18}{predicted:>14}{measured:>14}" for name, predicted, measured in rows]
+        headings = ("predicted", "measured", *(("simulated",) if self.simulated is not None else ()))
+        lines.append(f"{'':<18}" + "".join(f"{heading:>14}" for heading in headings))
+        lines += [f"{name:<18}" + "".join(f"{text:>14}" for text in texts) for name, *texts in rows]
         lines += ["", *self._remarks()]
         return "\n".join(lines)
 
-    def _both(self, name: str, text) -> tuple[str, str]:  # type: ignore[no-untyped-def]
-        return text(getattr(self.predicted, name)), text(getattr(self.measured, name))
+    def _all(self, name: str, text: Callable[[Any], str]) -> list[str]:
+        columns = (self.predicted, self.measured, self.simulated)
+        return [text(getattr(quantities, name)) for quantities in columns if quantities is not None]
 
     def _remarks(self) -> list[str]:
         sweeps = f"forward {format_seconds(self.forward_seconds)}, reverse {format_seconds(self.reverse_seconds)}"
@@ -110,7 +191,41 @@ class Report:
             begun = f"resumed from {self.resumed_from}; " if self.resumed_from else ""
             held = format_seconds(self.durable_seconds)
             lines.append(f"{begun}made durable {self.durable_points:,} times, for which compute stood still for {held}")
+        lines += [f"  {what}" for what in map(_transfers_line, self.transfers) if what]
+        if self.measured.steps_recomputed or self.revolve_steps_recomputed:
+            lines.append(
+                f"{self.measured.steps_recomputed:,} steps were run again; without storage the least is "
+                f"{self.revolve_steps_recomputed:,} (Revolve in the same memory)"
+            )
+        lines += [f"waited {stall}" for stall in self.stalls if stall.seconds > 1e-3 * self.measured.seconds]
+        lines += [
+            f"replanned at step {plan.step:,}: a snapshot every {plan.spacing_before:.3g} steps became every "
+            f"{plan.spacing_after:.3g}"
+            for plan in self.replans[:5]
+        ]
+        if self.replan_count > 5:
+            lines.append(f"... and {self.replan_count - 5} more changes of the spacing")
+        if self.states_verified is not None:
+            lines.append(f"verified: {self.states_verified:,} states came out the same again")
+        if self.codec is not None:
+            times = "nothing was written" if self.compression_ratio is None else f"{self.compression_ratio:.2f} to 1"
+            lines.append(f"compressed with {self.codec}: {times}")
+        if self.lossy_bound is not None:
+            lines.append(
+                f"LOSSY: floating-point numbers came back from storage with relative errors of up to "
+                f"{self.lossy_bound:g}; the gradient is not exact, and not the same bit for bit from run to run"
+            )
         lines += [f"fault: {fault}" for fault in self.faults[:10]]
         if len(self.faults) > 10:
             lines.append(f"... and {len(self.faults) - 10} more faults")
         return lines + [f"note: {note}" for note in self.notes]
+
+
+def _transfers_line(moved: Transfers) -> str | None:
+    """What was moved, and how fast; None where nothing was."""
+    if not moved.count:
+        return None
+    verb = "written" if moved.direction == "write" else "read"
+    what = "snapshots" if moved.kind == "snapshot" else "blocks of residuals"
+    pace = f" at {format_bytes(moved.nbytes / moved.seconds)}/s" if moved.seconds > 0 else ""
+    return f"{moved.count:,} {what} {verb}: {format_bytes(moved.nbytes)} in {format_seconds(moved.seconds)}{pace}"

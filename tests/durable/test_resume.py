@@ -5,9 +5,11 @@ import random
 
 import numpy as np
 import pytest
-from models import Chaotic
+from models import Chaotic, OutOfPlace, Recording
 
 import longtape
+from longtape.actions import Key, Kind
+from longtape.durable import points
 from longtape.durable.home import Home, leftovers, remove_leftover
 from longtape.plan.costs import Costs
 from tests.durable.programs import MODELS, SIZE, InPlaceModel, Log, forked, right_bits, sweep
@@ -172,22 +174,34 @@ def test_a_child_does_not_hold_the_lock(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_another_loss_begins_the_reverse_sweep_anew(tmp_path):
-    run = resume(tmp_path, model := Chaotic(SIZE), resume_seconds=1e-6)
+class Stop(Exception):
+    pass
+
+
+def stop_half_way(directory, kind=Chaotic, **options):
+    """A run that is given up in the middle of its reverse sweep."""
+    model = kind(SIZE)
+
+    def stopping(method):
+        def stop_or_go_on(step, *rest):
+            if step < STEPS // 2:
+                raise Stop
+            getattr(kind, method)(model, step, *rest)
+
+        return stop_or_go_on
+
+    run = resume(directory, model, resume_seconds=1e-6, **options)
     run.forward()
     model.start_adjoint()
-
-    class Stop(Exception):
-        pass
-
-    def reverse(start, stop):
-        if start < STEPS // 2:
-            raise Stop
-        Chaotic.reverse(model, start, stop)
-
-    model.reverse = reverse
+    for method in ("reverse", "reverse_from", "pull_back"):
+        if hasattr(kind, method):
+            setattr(model, method, stopping(method))
     with pytest.raises(Stop):
         run.reverse()
+
+
+def test_another_loss_begins_the_reverse_sweep_anew(tmp_path):
+    stop_half_way(tmp_path)
     other = Chaotic(SIZE)
     run = resume(tmp_path, other)
     run.forward()
@@ -200,6 +214,74 @@ def test_another_loss_begins_the_reverse_sweep_anew(tmp_path):
         model.adjoint[0][:] = 2 * model.state[0]
         whole.reverse()
     assert other.result() == model.result()
+
+
+def lose_the_final_state(directory):
+    """Damage it, and only it, in the file."""
+    home = Home(directory, "sweep")
+    point = points.read_point(home.records[1:])
+    home.close()
+    assert point.turned
+    assert point.adjoint is not None
+    place = point.items[Key(Kind.RESTART, STEPS)]
+    with open(directory / "sweep.longtape-data", "r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(place.written))
+
+
+@pytest.mark.parametrize("stopped_again", [False, True])
+def test_without_the_final_state_a_durable_adjoint_is_not_gone_on_with(tmp_path, stopped_again):
+    """The plan runs forward to the turn and begins at the end, for which an adjoint of the middle would be wrong."""
+    stop_half_way(tmp_path)
+    lose_the_final_state(tmp_path)
+    with pytest.warns(RuntimeWarning, match="the final state cannot be read back"):
+        run = resume(tmp_path, model := Chaotic(SIZE))
+    if stopped_again:
+        run.forward()
+        run.close()
+        run = resume(tmp_path, model := Chaotic(SIZE))
+    report = end(run, model)
+    assert "adjoint" not in report.resumed_from
+
+
+@pytest.mark.parametrize("kind", [Chaotic, OutOfPlace])
+@pytest.mark.parametrize("begun", [begin, stop_half_way])
+def test_what_is_left_of_a_resumed_run_is_verified(tmp_path, kind, begun):
+    """States that only the process before has seen are believed."""
+    begun(tmp_path, **{"model": kind(SIZE)} if begun is begin else {"kind": kind})
+    model = kind(SIZE)
+    assert end(resume(tmp_path, model, verify=True), model).states_verified > 20
+
+
+@pytest.mark.parametrize("begun", [begin, stop_half_way])
+def test_residuals_of_a_model_that_records_are_gone_on_with(tmp_path, begun):
+    costs = Costs(1e-3, 3e-3, 1.1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    options = {"costs": costs, "memory": 40 * nbytes(SIZE)}
+    begun(tmp_path, **{"model": Recording(SIZE)} if begun is begin else {"kind": Recording}, **options)
+    model = Recording(SIZE)
+    run = resume(tmp_path, model, **options)
+    assert run.plan.record_fraction > 0
+    run.forward()
+    assert model.recorded == 0
+    model.start_adjoint()
+    # It rounds otherwise than taking the adjoint of a state does.
+    whole = Recording(SIZE)
+    with longtape.Sweep(whole, STEPS, **options) as plain:
+        plain.forward()
+        whole.start_adjoint()
+        plain.reverse()
+    run.reverse()
+    assert model.result() == whole.result()
+    assert run.report.resumed_from is not None
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "match"), [(None, {}, "unknown length"), (STEPS, {"compress": "lz4"}, "compress")]
+)
+def test_what_a_resumable_run_is_not_combined_with(tmp_path, steps, options, match):
+    with pytest.raises(longtape.UsageError, match=match):
+        resume(tmp_path, steps=steps, **options)
+    assert not os.listdir(tmp_path)
 
 
 def test_without_adjoint_arrays_only_forward_is_resumed(tmp_path):

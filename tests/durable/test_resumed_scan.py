@@ -125,6 +125,21 @@ def test_another_scan_is_refused(tmp_path, what, change):
         half_way(tmp_path, problem)
 
 
+def test_a_resumed_scan_is_verified(tmp_path):
+    half_way(tmp_path, scans.Problem(), verify=True)
+    problem, reports = scans.Problem(), []
+    carry, ys = half_way(tmp_path, problem, verify=True, on_report=lambda run: reports.append(run.report))
+    (carry.sum() + ys.sum()).backward()
+    assert reports[0].states_verified is not None
+    assert reports[0].resumed_from == "the turn"
+
+
+def test_a_resumable_scan_is_not_compressed(tmp_path):
+    with pytest.raises(longtape.UsageError, match="compress"):
+        half_way(tmp_path, scans.Problem(), compress="lz4")
+    assert not os.listdir(tmp_path)
+
+
 def test_two_scans_share_a_directory(tmp_path):
     problem = scans.Problem()
     one = half_way(tmp_path, problem, name="one")

@@ -7,6 +7,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from models import Chaotic, store_everything
@@ -33,7 +34,9 @@ def storing_costs(size: int = SIZE) -> Costs:
 
 def impatient(monkeypatch: Any, seconds: float = 0.05) -> None:
     """Have every sweep wait for storage no longer than this."""
-    monkeypatch.setattr("longtape.sweep.Settings", functools.partial(Settings, stuck_seconds=seconds))
+    monkeypatch.setattr(
+        "longtape.sweep.Settings", lambda *given, **named: replace(Settings(*given, **named), stuck_seconds=seconds)
+    )
 
 
 @functools.cache

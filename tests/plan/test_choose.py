@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from longtape.errors import BudgetError, UsageError
 from longtape.plan import choose as module
-from longtape.plan.choose import Choice, choose
+from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
-from longtape.plan.predict import Footprint, can_record, predict_asynchronous, predict_revolve
+from longtape.plan.predict import HORIZON, Footprint, can_record, predict_asynchronous, predict_revolve
 
 MIB = 2**20
 STEP = Costs(1e-3, 2e-3)
@@ -249,11 +249,29 @@ def test_limited_storage_is_kept_to():
     assert choice.prediction.peak_disk_bytes > 40 * MIB
 
 
-def test_unknown_length_needs_storage():
+def test_unknown_length():
     choice = choose(Problem(None, MIB, 8 * MIB, has_disk=True), disk(STEP, 1e9))
     assert (choice.schedule, choice.tail) == ("asynchronous", 0)
-    with pytest.raises(UsageError, match=r"unknown number of steps .* allow storage"):
-        choose(Problem(None, MIB, 8 * MIB), STEP)
+    assert choose(Problem(None, MIB, 8 * MIB), STEP).schedule == "online"
+
+
+def test_unknown_length_is_predicted_within_the_disk_limit():
+    problem = Problem(None, MIB, 8 * MIB, has_disk=True, disk_nbytes=50 * MIB)
+    choice = choose(problem, disk(STEP, 1e9))
+    assert (choice.schedule, choice.stall_spacing) == ("asynchronous", None)
+    assert 40 * MIB < choice.prediction.peak_disk_bytes <= 50 * MIB
+    assert choose(replace(problem, disk_nbytes=MIB // 2), disk(STEP, 1e9)).schedule == "online"
+
+
+@pytest.mark.parametrize(("limit", "speed"), [(None, 3e8), (50 * MIB, 3e8), (None, 3e7)])
+@pytest.mark.parametrize("records", [False, True])
+def test_once_the_length_is_known_it_is_predicted_again(limit, speed, records):
+    problem = Problem(None, MIB, 8 * MIB, True, limit, residual_nbytes=MIB // 2 if records else None)
+    costs = disk(RECORDED if records else STEP, speed)
+    choice = choose(problem, costs)
+    assert predict_again(choice, replace(problem, steps=HORIZON), costs) == choice.prediction
+    shorter = predict_again(choice, replace(problem, steps=HORIZON // 2), costs)
+    assert 0.3 < shorter.time_seconds / choice.prediction.time_seconds < 0.6
 
 
 def test_too_little_memory_says_the_least():

@@ -8,6 +8,8 @@ import pytest
 
 from longtape.protocols import Tier
 from longtape.testing.tiers import DamagingTier, FailingTier, GatedTier, ThrottledTier, TierConformance
+from longtape.tiers.codecs import parse_codec
+from longtape.tiers.compressed import CompressedTier
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.memory import MemoryTier
 
@@ -20,6 +22,26 @@ class TestMemoryTier(TierConformance):
 
     def make_limited_tier(self, directory: Path, limit: int) -> Tier:
         return MemoryTier(limit=limit)
+
+
+class TestCompressed(TierConformance):
+    codec = "bitshuffle+lz4"
+
+    def make_tier(self, directory: Path) -> Tier:
+        return CompressedTier(DiskTier(directory), parse_codec(self.codec))
+
+    def make_limited_tier(self, directory: Path, limit: int) -> Tier:
+        return CompressedTier(DiskTier(directory, limit=limit), parse_codec(self.codec))
+
+
+class TestCompressedInMemory(TestCompressed):
+    codec = "zstd"
+
+    def make_tier(self, directory: Path) -> Tier:
+        return CompressedTier(MemoryTier(), parse_codec(self.codec))
+
+    def make_limited_tier(self, directory: Path, limit: int) -> Tier:
+        return CompressedTier(MemoryTier(limit=limit), parse_codec(self.codec))
 
 
 class DiskConformance(TierConformance):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtape.errors import BudgetError, StateError, StepError, UsageError
+from longtape.plan.choose import choose
 from longtape.torch import scan
 
 SMALL: dict[str, Any] = {"memory": 240, "capture": False}
@@ -660,3 +662,32 @@ def test_a_fallback_is_told_in_the_report() -> None:
 def test_a_directory_that_cannot_be_written_to() -> None:
     with pytest.raises(UsageError, match="name a directory you can write to"):
         scan(lambda h, _: (h * 2, None), leaf(3), length=5, memory=100, disk="/proc/self")
+
+
+def test_captured_steps_are_reversed_one_at_a_time_where_the_plan_has_no_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it is where storage is slow and memory small: a step is then taped in room of its own."""
+
+    def choose_without_blocks(problem: Any, costs: Any) -> Any:
+        return choose(replace(problem, residual_nbytes=None), replace(costs, record=None, pull_back=None))
+
+    cell, init, xs = nn.LSTMCell(8, 8), torch.zeros(2, 8, requires_grad=True), torch.randn(300, 2, 8)
+    xs.requires_grad_()
+
+    def step(carry: Any, x: Tensor) -> Any:
+        h, c = cell(x, carry)
+        return (h, c), h.sum()
+
+    def gradients(**options: Any) -> Any:
+        reports: list[Any] = []
+        (h, _), ys = scan(step, (init, init), xs, on_report=lambda run: reports.append(run.report), **options)
+        return torch.autograd.grad(h.sum() + ys.square().sum(), [init, xs, *cell.parameters()]), reports[0]
+
+    theirs, _ = gradients(memory=1 << 28, capture=False)
+    monkeypatch.setattr("longtape.compose.choose", choose_without_blocks)
+    ours, report = gradients(memory=6_000, capture=True, verify=True)
+    assert (report.schedule, report.window, report.notes) == ("revolve", 1, ())
+    assert report.steps_taped_again == 300
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

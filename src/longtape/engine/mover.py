@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers, close_aside
-from longtape.errors import PlanError, StorageError
+from longtape.errors import PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
 from longtape.protocols import Observer, Pool, Slot, Tier
 
 
 @dataclass(slots=True)
 class Traffic:
-    """What one direction has moved."""
+    """What one direction has moved of one kind of item."""
 
     count: int = 0
     nbytes: int = 0
@@ -67,8 +67,8 @@ class Mover:
     stuck_seconds: float
     observers: list[Observer]
     held: dict[Key, Slot] = field(default_factory=dict)
-    written: Traffic = field(default_factory=Traffic)
-    fetched: Traffic = field(default_factory=Traffic)
+    written: dict[Kind, Traffic] = field(default_factory=lambda: {kind: Traffic() for kind in Kind})
+    fetched: dict[Kind, Traffic] = field(default_factory=lambda: {kind: Traffic() for kind in Kind})
     stored_nbytes: int = 0
     """Bytes of storage in use now, writes under way included."""
     peak_stored_nbytes: int = 0
@@ -138,9 +138,10 @@ class Mover:
                 raise StorageError("storage has stopped answering")
             self.tier.reserve(key, slot.data.nbytes)
         except OSError as error:
-            self.written.failures += 1
+            self.written[key.kind].failures += 1
             self._fault(f"{key} could not be stored: {error}")
             self.stock.end_write(key, ok=False)
+            self._note_full(error)
             return
         self.stored_nbytes += slot.data.nbytes
         self.peak_stored_nbytes = max(self.peak_stored_nbytes, self.stored_nbytes)
@@ -152,7 +153,7 @@ class Mover:
         self.stock.begin_read(key)
         self.held[key] = slot
         if self._abandoned:
-            self.fetched.failures += 1
+            self.fetched[key.kind].failures += 1
             self._fault(f"{key} could not be read back: storage has stopped answering")
             self._settle_read(key, ok=False)
         else:
@@ -190,7 +191,7 @@ class Mover:
         del self._under_way[key]
         ok = transfer.error is None
         again = not ok and self._is_worth_repeating(transfer)
-        traffic = self.written if transfer.is_write else self.fetched
+        traffic = (self.written if transfer.is_write else self.fetched)[key.kind]
         traffic.seconds += transfer.seconds
         if ok:
             traffic.count += 1
@@ -207,6 +208,8 @@ class Mover:
             self._submit(Transfer(key, transfer.slot, is_write=False, is_repeat=True))
             return
         (self._settle_write if transfer.is_write else self._settle_read)(key, ok=ok, seconds=transfer.seconds)
+        if transfer.is_write:
+            self._note_full(transfer.error)
 
     def _is_worth_repeating(self, transfer: Transfer) -> bool:
         """A failed read whose item is still wanted is tried once more: not every failure is for good."""
@@ -230,6 +233,10 @@ class Mover:
         if freed or not ok:
             self._release(key)
 
+    def _note_full(self, error: Exception | None) -> None:
+        if isinstance(error, StorageFull):
+            self.stock.found_full()
+
     def _settle_read(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
         if self.stock.end_read(key, ok=ok, seconds=seconds):
             self._vacate(key)
@@ -246,11 +253,11 @@ class Mover:
                 continue
             self._abandoned.add(transfer)
             if transfer.is_write:
-                self.written.failures += 1
+                self.written[key.kind].failures += 1
                 if self.stock.end_write(key, ok=False):
                     self._vacate(key)
             elif self.stock.end_read(key, ok=False):
-                self.fetched.failures += 1
+                self.fetched[key.kind].failures += 1
                 del self.held[key]
                 self.stock.shelf(key.kind).capacity -= 1
 

@@ -15,6 +15,10 @@ from typing import NamedTuple
 from longtape.actions import Action, Advance, Await, Key, PullBack, Record, Restore, Reverse, Store, Turn
 
 MOST_SPANS = 1 << 16
+MOST_REPLANS = 64
+MATERIAL = 1.5
+"""A spacing that has changed by less is still the same plan."""
+
 MOST_LEVELS = 1 << 12
 
 COMPUTE = ("forward", "replay", "reverse", "copy")
@@ -36,6 +40,38 @@ class Level(NamedTuple):
     seconds: float
     memory_nbytes: int
     disk_nbytes: int
+
+
+class Cause(NamedTuple):
+    """What compute waited for."""
+
+    sweep: str
+    """``forward`` or ``reverse``."""
+    kind: str
+    """``snapshot`` or ``residuals``."""
+    lacking: str
+    """``item``: it was not there yet; ``slot``: no slot for one could be freed."""
+
+
+@dataclass(slots=True)
+class Wait:
+    """All waiting of one cause."""
+
+    count: int = 0
+    seconds: float = 0.0
+    longest: float = 0.0
+    longest_at: float = 0.0
+    """When the longest began, in seconds from the start of the run."""
+
+
+class Pace(NamedTuple):
+    """The plan's spacing changed: its running means say that storage, or a step, takes another time than before."""
+
+    seconds: float
+    step: int
+    spacing_before: float
+    """Steps from one stored snapshot to the next."""
+    spacing_after: float
 
 
 @dataclass(slots=True)
@@ -78,12 +114,25 @@ class Trace:
     """An observer that remembers.
 
     `clock_zero` is the clock's reading at the start of the run; `held` tells the bytes
-    in memory and on storage when asked.
+    in memory and on storage when asked; `spacing` the steps that pass during a write of a
+    snapshot, as the plan believes now.
     """
 
-    def __init__(self, clock_zero: float, held: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        clock_zero: float,
+        held: Callable[[], tuple[int, int]],
+        spacing: Callable[[], float] | None = None,
+    ) -> None:
         self.zero = clock_zero
         self._held = held
+        self._spacing = spacing
+        self._paced = 0.0 if spacing is None else spacing()
+        self.waits: dict[Cause, Wait] = {}
+        """What compute waited for, and for how long."""
+        self.replans: list[Pace] = []
+        """Material changes of the forward sweep's spacing, the first of them."""
+        self.replan_count = 0
         self._lanes = {name: _Lane() for name in LANES}
         self._levels: list[Level] = []
         self._level_every = 1
@@ -118,7 +167,7 @@ class Trace:
             self._span("copy", began, ended)
             self._note_levels(ended)
         elif kind is Await:
-            self._span("wait", began, ended)
+            self._waited(action, began, ended)  # type: ignore[arg-type]
         elif kind is Turn:
             self.turned_at = ended - self.zero
 
@@ -133,6 +182,30 @@ class Trace:
             self.steps_retaped += count - fresh
         else:
             self.steps_replayed += count - fresh
+
+        if self._spacing is not None and fresh and self.turned_at is None:
+            self._note_pace(self._spacing(), ended, action.stop)
+
+    def _note_pace(self, spacing: float, now: float, step: int) -> None:
+        before = self._paced
+        if before <= 0.0:
+            self._paced = spacing
+        elif not before / MATERIAL < spacing < before * MATERIAL:
+            self._paced = spacing
+            self.replan_count += 1
+            if len(self.replans) < MOST_REPLANS:
+                self.replans.append(Pace(now - self.zero, step, before, spacing))
+
+    def _waited(self, action: Await, began: float, ended: float) -> None:
+        self._span("wait", began, ended)
+        kind = action.room if action.key is None else action.key.kind
+        sweep = "forward" if self.turned_at is None else "reverse"
+        cause = Cause(sweep, "item" if kind is None else kind.value, "slot" if action.key is None else "item")
+        wait = self.waits.setdefault(cause, Wait())
+        wait.count += 1
+        wait.seconds += ended - began
+        if ended - began > wait.longest:
+            wait.longest, wait.longest_at = ended - began, began - self.zero
 
     def on_transfer(self, kind: str, key: Key, nbytes: int, began: float, ended: float) -> None:
         """Note a transfer."""

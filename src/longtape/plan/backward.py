@@ -98,6 +98,8 @@ class ReverseSweep:
         """Working state is at `window`: take its adjoint."""
         start, stop = self._course.at(window), self._course.at(window + 1)
         if self._course.layout.records:
+            while start in self._course.stock.residuals.memory:
+                yield Await(self._course.residuals(window))  # it was given up while it was being written
             yield from self._course.make_room(Kind.RESIDUALS)
             yield Record(start, stop)
             yield PullBack(start, stop)
@@ -169,7 +171,7 @@ class ReverseSweep:
             window = self._course.restarts[index]
             if self._course.coming(window) or not self._course.stored(window):
                 continue
-            if len(self._course.stock.reads) >= MOST_READS_AHEAD:
+            if len(self._course.stock.reads) >= MOST_READS_AHEAD or shelf.available() <= needed:
                 return
             if shelf.free <= needed:
                 victim = shelf.evictable()

@@ -3,7 +3,7 @@
 This file owns the search; the formulas are in `predict` and `recording`.  Candidates are
 
 * everything in memory, as snapshots or as residuals;
-* Revolve within memory;
+* Revolve within memory; where the length is unknown, restart points chosen as the sweep goes on ("online");
 * snapshots to storage as often as it takes them, or at a fixed spacing for which the
   forward sweep waits, with Revolve in between;
 * residuals to storage for as many windows as it carries.
@@ -37,10 +37,11 @@ from longtape.plan.predict import (
     predict_recorded,
     predict_revolve,
     spaced,
+    working_slots,
 )
 from longtape.plan.recording import Recording, predict_residuals
 
-Schedule = Literal["store_all", "revolve", "asynchronous", "residuals"]
+Schedule = Literal["store_all", "revolve", "online", "asynchronous", "residuals"]
 
 LARGEST_BLOCK = 4 * 2**20
 """Bytes beyond which a larger residual block gains nothing."""
@@ -51,7 +52,7 @@ SMALLEST_GOOD_BLOCK = 2**20
 ENOUGH_BLOCKS = 64
 """Blocks that ride out the noise of storage; more are taken only where the prediction gains by it."""
 
-_SIMPLEST_FIRST: tuple[Schedule, ...] = ("store_all", "revolve", "asynchronous", "residuals")
+_SIMPLEST_FIRST: tuple[Schedule, ...] = ("store_all", "revolve", "online", "asynchronous", "residuals")
 _LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
 _SAME_TIME = 1.0 + 1e-9
@@ -73,7 +74,7 @@ class Choice:
     """Mean steps from one stored snapshot to the next.
 
     For "residuals": the steps of a plain run, which starts from one snapshot.  For
-    "store_all": the window.  For "revolve": N, as nothing is stored.
+    "store_all": the window.  For "revolve" and "online": N, as nothing is stored.
     """
     slots: int
     """Snapshots in memory, staging and prefetch included."""
@@ -103,7 +104,7 @@ class Choice:
 def choose(problem: Problem, costs: Costs) -> Choice:
     """The schedule with the shortest predicted time among those that fit the budget.
 
-    A job of unknown length is compared over `predict.HORIZON` steps; it needs storage.
+    A job of unknown length is compared over `predict.HORIZON` steps.
 
     Args:
         problem: What is asked, and the budget.
@@ -111,8 +112,7 @@ def choose(problem: Problem, costs: Costs) -> Choice:
 
     Raises:
         BudgetError: The memory budget does not hold a single state.
-        UsageError: Fewer than one step, times that cannot be, or a length that is
-            unknown although there is no storage.
+        UsageError: Fewer than one step, or times that cannot be.
     """
     _check(problem, costs)
     found = [*_within_memory(problem, costs), *_with_snapshots(problem, costs), *_with_residuals(problem, costs)]
@@ -126,6 +126,23 @@ def choose(problem: Problem, costs: Costs) -> Choice:
     return replace(chosen, alternatives=tuple((c.schedule, c.prediction) for c in others))
 
 
+def predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:
+    """What a choice made for an unknown length takes, now that the problem says how long it is."""
+    footprint = choice.footprint
+    if choice.schedule == "online":
+        return predict_revolve(problem, costs, footprint)
+    if choice.schedule == "residuals":
+        recording = Recording(problem, costs, footprint, round(choice.spacing / choice.window))
+        return predict_residuals(recording, min(choice.record_fraction, recording.disk().largest_fraction()))
+    windows = -(-horizon(problem) // choice.window)
+    spacing = None if choice.stall_spacing is None else choice.stall_spacing // choice.window
+    prediction = predict_asynchronous(problem, costs, footprint, fixed=spacing, tail=1)
+    if problem.disk_nbytes is not None and prediction.peak_disk_bytes > problem.disk_nbytes:
+        states = max(1, problem.disk_nbytes // max(1, problem.state_nbytes))
+        prediction = predict_asynchronous(problem, costs, footprint, fixed=-(-windows // states), tail=1)
+    return prediction
+
+
 def _check(problem: Problem, costs: Costs) -> None:
     if problem.steps is not None and problem.steps < 1:
         raise UsageError(f"a plan for {problem.steps} steps was asked for; there must be at least one")
@@ -133,11 +150,6 @@ def _check(problem: Problem, costs: Costs) -> None:
         raise BudgetError(
             f"a memory budget of {problem.memory_nbytes} bytes was asked for, but one state takes "
             f"{problem.state_nbytes} bytes, which is the least that would do; raise the budget to at least that"
-        )
-    if problem.steps is None and not problem.has_disk:
-        raise UsageError(
-            "a plan for an unknown number of steps was asked for without storage; "
-            "say how many steps there will be, or allow storage"
         )
     times = [costs.forward, costs.reverse, costs.record or 0.0, costs.pull_back or 0.0]
     times += [costs.write_latency, costs.read_latency]
@@ -162,7 +174,13 @@ def _kindest(choice: Choice) -> int:
     """Without storage, the one that touches least memory; with it, one with room for noise and for insurance."""
     if not choice.uses_disk:
         return choice.prediction.peak_memory_bytes
-    return 2 * (choice.schedule == "residuals" and choice.blocks < 3) + (choice.slots < 2)
+    if choice.schedule != "residuals":
+        return int(choice.slots < 2)
+    if choice.record_fraction == 1.0:
+        return 2 * (choice.blocks < 3) + (choice.slots < 2)
+    # Snapshots wait behind the blocks that are to be written before them.
+    lacks = 2 * (choice.blocks < 3) + (choice.slots < choice.blocks + 2)
+    return 2 * ENOUGH_BLOCKS * lacks - min(choice.blocks, ENOUGH_BLOCKS)
 
 
 # Windows that can matter ------------------------------------------------------------------------
@@ -228,6 +246,9 @@ def _fullest_windows(problem: Problem, costs: Costs) -> Iterator[int]:
 
 def _within_memory(problem: Problem, costs: Costs) -> Iterator[Choice]:
     if problem.steps is None:
+        for footprint in _footprints(problem, costs):
+            prediction = predict_revolve(problem, costs, footprint)
+            yield _choice("online", footprint, prediction, spacing=float(horizon(problem)))
         return
     recorded = _all_recorded(problem, costs)
     if recorded is not None:
@@ -266,7 +287,12 @@ def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
     greedy = []
     for footprint in _footprints(problem, costs):
         choice = _spaced_choice(problem, costs, footprint, None)
-        greedy += [choice] if _fits_disk(problem, choice) else _sparser(problem, costs, choice)
+        if _fits_disk(problem, choice):
+            greedy.append(choice)
+        elif problem.steps is None:  # what is stored will be thinned to that spacing
+            greedy += [replace(sparser, stall_spacing=None) for sparser in _sparser(problem, costs, choice)[:1]]
+        else:
+            greedy += _sparser(problem, costs, choice)
     yield from greedy
     for choice in _promising(greedy):
         for fixed in _closer_spacings(choice, -(-horizon(problem) // choice.window)):
@@ -282,8 +308,9 @@ def _promising(choices: list[Choice]) -> list[Choice]:
 
 def _spaced_choice(problem: Problem, costs: Costs, footprint: Footprint, fixed: int | None) -> Choice:
     job = pace(problem, costs, footprint)
-    interior = spaced(job, footprint.slots, fixed=fixed)
-    tail = 1 if problem.steps is None else best_tail(job, footprint.slots, interior)
+    slots = working_slots(problem, footprint)
+    interior = spaced(job, slots, fixed=fixed)
+    tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     return _choice(
         "asynchronous",
         footprint,
@@ -295,9 +322,8 @@ def _spaced_choice(problem: Problem, costs: Costs, footprint: Footprint, fixed: 
 
 
 def _fits_disk(problem: Problem, choice: Choice) -> bool:
-    """Where N is unknown no plan can promise it; a full storage then merges intervals."""
     limit = problem.disk_nbytes
-    return problem.steps is None or limit is None or choice.prediction.peak_disk_bytes <= limit
+    return limit is None or choice.prediction.peak_disk_bytes <= limit
 
 
 def _sparser(problem: Problem, costs: Costs, greedy: Choice) -> list[Choice]:
@@ -359,22 +385,22 @@ def _block_windows(problem: Problem, costs: Costs) -> list[int]:
 
 
 def _block_footprints(problem: Problem, window: int) -> Iterator[Footprint]:
-    """A few slots for the plain runs, the rest to blocks: all that fit, or enough of them."""
+    """A few slots for the plain runs, the rest to blocks: enough, all that fit, or so few that snapshots can wait."""
     block = max(1, window * (problem.residual_nbytes or 0))
     most = -(-horizon(problem) // window)
     for slots in _SLOTS_BESIDE_BLOCKS:
         blocks = min(most, (problem.memory_nbytes - slots * problem.state_nbytes) // block)
         if blocks < 2:
             return
-        for taken in sorted({min(blocks, ENOUGH_BLOCKS), blocks}):
+        for taken in dict.fromkeys((min(blocks, ENOUGH_BLOCKS), blocks, min(blocks, max(3, slots - 2)))):
             yield Footprint(window, slots, taken)
 
 
 def _recorded_choices(recording: Recording) -> Iterator[Choice]:
     """The fractions between which time is linear: all that can be written, and all that can also be read in time.
 
-    Spread evenly, fractions in [1/(k+1), 1/k) leave plain runs of k windows, which start
-    from one snapshot each (k = 1 from a half on).
+    Spread evenly, fractions of up to 1/k leave plain runs of k windows or more, which are cut
+    into runs of k that start from one snapshot each.
     """
     run, footprint = recording.run, recording.footprint
     forward, disk = recording.forward(), recording.disk()
@@ -384,7 +410,7 @@ def _recorded_choices(recording: Recording) -> Iterator[Choice]:
         enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
         if fits and enough:
             choice = _within_disk(recording, fraction)
-            if choice is not None and choice.record_fraction >= 1.0 / (run + 1):
+            if choice is not None and choice.record_fraction > 0.0:
                 yield choice
 
 

@@ -65,6 +65,16 @@ class Problem:
     max_window: int = 1
     """Most steps one reverse call may take."""
 
+    pins_initial: bool = False
+    """With storage, state 0 keeps a slot to itself throughout, if there are `LEAST_TO_PIN` of them."""
+
+
+LEAST_TO_PIN = 3
+"""Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.
+
+With fewer, storing would hardly be possible beside it.
+"""
+
 
 @dataclass(slots=True)
 class RunningMean:

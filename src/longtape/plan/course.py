@@ -121,7 +121,7 @@ class Course:
                     if required:
                         raise self._no_room(shelf)
                     return False
-                action = Await()
+                action = Await(room=kind)
             yield action
         return True
 
@@ -153,7 +153,7 @@ class Course:
         """Keep the working state, which is at `window`, in a slot of its own until its adjoint."""
         if not (window == 0 and self.layout.initial_is_free):
             while window * self.layout.window in self.stock.snapshots.memory:
-                yield Await(self.snapshot(window))  # it was given up while it was being written
+                yield Await(room=Kind.SNAPSHOT)  # it was given up while it was being written
             yield from self.make_room()
             yield Store(self.at(window))
             self.protect(window)

@@ -50,6 +50,9 @@ class Layout:
     record_fraction: float = 0.0
     """Most of the windows to record in the forward sweep, for storage to carry."""
 
+    plain_run: int | None = None
+    """While windows are recorded, store a snapshot every so many plain windows; None: where storage has time."""
+
     stores: bool = True
     """Whether there is storage to write to."""
 

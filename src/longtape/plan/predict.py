@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 
 from longtape.plan.binomial import advances, capacity, repetitions, split
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 
 HORIZON = 10_000
 """Steps for which a job of unknown length is predicted."""
@@ -175,6 +175,11 @@ def _final_windows(windows: int, slots: int, final_state: bool) -> int:
 # Snapshots on storage ---------------------------------------------------------------------------
 
 
+def working_slots(problem: Problem, footprint: Footprint) -> int:
+    """Slots that intervals can use: all but the one that state 0 may keep to itself."""
+    return footprint.slots - (problem.pins_initial and footprint.slots >= LEAST_TO_PIN)
+
+
 def interval_advances(length: int, slots: int, *, read: float, adjoint: float) -> int:
     """a(l): advances that reverse an interval while the restart point below it is read just in time.
 
@@ -249,13 +254,14 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
     I = max(1, t_W/t_F), or `fixed`, in which case the forward sweep waits where storage
     does not keep up: t_W/I - t_F a window.  In reverse an interval of l windows costs
     a(l) advances, and stalls max(0, t_R - a(l)·t_F - l·t_B); with one slot nothing
-    overlaps and it stalls t_R.  A spacing between integers is a mixture of the two.
+    overlaps and it stalls t_R.  A spacing between integers is a mixture of the two; with a slot
+    to spare, which takes reads further ahead, what one interval has left over hides the next one's read.
     """
     ratio = job.write / job.advance
     spacing = float(min(max(1.0, ratio) if fixed is None else fixed, job.windows))
     below, above = floor(spacing + _ROUNDING), ceil(spacing - _ROUNDING)
     share_below = 1.0 if below == above else above - spacing
-    advanced = stalled = 0.0
+    advanced = stalled = spare = 0.0
     for length, share in ((below, share_below), (above, 1.0 - share_below)):
         if share <= 0.0:
             continue
@@ -263,6 +269,9 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
         hidden = again * job.advance + length * job.adjoint if slots > 1 else 0.0
         advanced += share * again
         stalled += share * max(0.0, job.read - hidden)
+        spare += share * (hidden - job.read)
+    if slots >= above + 2:
+        stalled = max(0.0, -spare)
     forward = 0.0 if fixed is None else max(0.0, job.write / spacing - job.advance)
     return Spaced(spacing, forward, advanced / spacing, stalled / spacing)
 
@@ -304,17 +313,18 @@ def predict_asynchronous(
         final_state: The forward sweep has to reach state N before the adjoint begins.
     """
     job = pace(problem, costs, footprint)
-    interior = spaced(job, footprint.slots, fixed=fixed)
+    slots = working_slots(problem, footprint)
+    interior = spaced(job, slots, fixed=fixed)
     if tail is None:
-        tail = 1 if problem.steps is None else best_tail(job, footprint.slots, interior)
+        tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     greedy = job.windows - tail
-    memory_slots = max(1, footprint.slots - 1)
+    memory_slots = max(1, slots - 1)
     advanced = greedy * (1.0 + interior.advances) + advances(tail, memory_slots)
     advanced += _final_windows(tail, memory_slots, final_state)
     stalled = greedy * (interior.forward_stall + interior.reverse_stall)
     writes = ceil(greedy / interior.spacing - _ROUNDING)
     # The last interval starts from memory; where intervals leave slots over, some more do.
-    spared = 1 if tail > 1 else 1 + floor((footprint.slots - 1) / max(1.0, interior.spacing))
+    spared = 1 if tail > 1 else 1 + floor((slots - 1) / max(1.0, interior.spacing))
     return tally(
         problem,
         costs,

@@ -15,7 +15,7 @@ from math import ceil
 
 from longtape.plan.binomial import advances
 from longtape.plan.costs import Costs, Problem
-from longtape.plan.predict import Footprint, Pace, Prediction, pace, recorded_seconds, tally
+from longtape.plan.predict import Footprint, Pace, Prediction, pace, recorded_seconds, tally, working_slots
 
 _SAFETY_WINDOWS = 32
 _ROUNDING = 1e-9
@@ -82,7 +82,7 @@ class Recording:
     @property
     def again(self) -> float:
         """Windows advanced again per plain window: t(k, s-1)/k in a run of k; one slot takes the prefetch."""
-        return advances(self.run, max(1, self.footprint.slots - 1)) / self.run
+        return advances(self.run, max(1, working_slots(self.problem, self.footprint) - 1)) / self.run
 
     def snapshots(self) -> Loads:
         """Snapshots written per window, recorded or not."""

@@ -10,7 +10,7 @@ and reads are served first come, first served, each kind one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -76,7 +76,8 @@ class _Channel:
 class Speeds:
     """Durations of the simulated machine, per step and per item."""
 
-    forward: float
+    forward: float | Callable[[int], float]
+    """Seconds of a step; or of each step, by its number."""
     reverse: float
     write: Duration
     read: Duration
@@ -124,24 +125,31 @@ class _Machine:
     def run_steps(self, start: int, stop: int, seconds: float) -> None:
         if self.work != start:
             raise PlanError(f"steps [{start}, {stop}) asked for while the working state is {self.work}")
-        for _ in range(start, stop):
-            self.pass_time(self.now + seconds)
+        self.pass_time(self.now + seconds)
         self.work = stop
+
+    def forward_seconds(self, start: int, stop: int) -> float:
+        forward = self.speeds.forward
+        return sum(map(forward, range(start, stop))) if callable(forward) else forward * (stop - start)
 
     def advance(self, action: Advance) -> None:
         if self.stock.steps is None and action.stop >= self.steps:
             self.stock.steps = self.steps
         stop = min(action.stop, self.steps)
-        self.run_steps(action.start, stop, self.speeds.forward)
+        seconds = self.forward_seconds(action.start, stop)
+        self.run_steps(action.start, stop, seconds)
+        if stop > action.start:
+            self.stock.forward.add(seconds / (stop - action.start))
         self.advances += stop - action.start
 
     def record(self, action: Record) -> None:
-        seconds = self.speeds.record if self.speeds.record is not None else self.speeds.forward
         if self.stock.steps is None and action.stop >= self.steps:
             self.stock.steps = self.steps
         stop = min(action.stop, self.steps)
         self.stock.put(Key(Kind.RESIDUALS, action.start))
-        self.run_steps(action.start, stop, seconds)
+        record = self.speeds.record
+        plain = self.forward_seconds(action.start, stop)
+        self.run_steps(action.start, stop, plain if record is None else record * (stop - action.start))
         self.recorded += stop - action.start
 
     def reverse(self, start: int, stop: int, seconds: float) -> None:
@@ -196,6 +204,8 @@ class _Machine:
                 self.work = step
             case Write(key):
                 self.stock.begin_write(key)
+                if self.stock.occupied() > self.stock.storage_limit:
+                    raise PlanError(f"{key} is to be written, but storage has no room for it")
                 self.transfer(self.writer, key)
             case Read(key):
                 self.stock.begin_read(key)
@@ -220,6 +230,9 @@ def simulate(
     rules: Rules | None = None,
     blocks: int = 0,
     known: bool = True,
+    storage_limit: float = inf,
+    item_nbytes: Mapping[Kind, int] | None = None,
+    believed: Speeds | None = None,
     observe: Callable[[Action], None] | None = None,
 ) -> Outcome:
     """Run the asynchronous plan in the event model.
@@ -227,11 +240,14 @@ def simulate(
     Args:
         steps: N.
         slots: Snapshot slots in memory.
-        speeds: Durations.  The plan starts out knowing them.
+        speeds: Durations.
         layout: The plan's choices; the default stores as often as the writer can.
         rules: How the plan treats uncertain costs.
         blocks: Residual blocks in memory.
         known: Whether the plan knows N from the start.
+        storage_limit: Most bytes on storage.
+        item_nbytes: What an item takes there; 1 if None.
+        believed: What the plan takes the durations to be when it starts; the true ones if None.
         observe: Called with every action before it is performed.
 
     Raises:
@@ -241,12 +257,15 @@ def simulate(
     stock = Stock(slots, blocks, steps=steps if known else None, clock=lambda: machine.now)
     machine = _Machine(stock, speeds, steps)
     probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
-    stock.forward.add(speeds.forward)
-    stock.reverse.add(speeds.reverse)
-    stock.write.add(speeds.write(probe))
-    stock.read.add(speeds.read(probe))
-    stock.block_write.add(speeds.write(block))
-    stock.block_read.add(speeds.read(block))
+    believed = believed or speeds
+    stock.forward.add(believed.forward(0) if callable(believed.forward) else believed.forward)
+    stock.reverse.add(believed.reverse)
+    stock.write.add(believed.write(probe))
+    stock.read.add(believed.read(probe))
+    stock.block_write.add(believed.write(block))
+    stock.block_read.add(believed.read(block))
+    stock.storage_limit = storage_limit
+    stock.item_nbytes = item_nbytes or stock.item_nbytes
     for action in _checked(AsynchronousPlan(stock, layout or Layout(), rules), observe):
         machine.perform(action)
     if machine.adjoint != 0:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from math import inf
 
 from longtape.actions import Key, Kind
 from longtape.errors import PlanError
@@ -139,6 +140,12 @@ class Stock:
         """Where an earlier process had come in the forward sweep, in steps; None: there was none."""
         self.adjoint: int | None = None
         """The step to which one had taken the adjoint; None: the reverse sweep begins at the end."""
+        self.item_nbytes: Mapping[Kind, int] = {Kind.SNAPSHOT: 1, Kind.RESIDUALS: 1}
+        """What an item takes on storage."""
+        self.storage_limit = inf
+        """Most bytes on storage: as stated, or less where it was found full."""
+        self.writes_ended = 0
+        """Writes that ended well."""
         self._writing_since = 0.0
 
     def shelf(self, kind: Kind) -> Shelf:
@@ -161,6 +168,15 @@ class Stock:
     def unwritten(self, kind: Kind) -> int:
         """Items of this kind in memory whose write has not ended."""
         return sum(1 for key in self.writes if key.kind is kind)
+
+    def occupied(self) -> int:
+        """Bytes on storage, writes under way included."""
+        shelves = (self.snapshots, self.residuals)
+        return sum((len(shelf.stored) + self.unwritten(shelf.kind)) * self.item_nbytes[shelf.kind] for shelf in shelves)
+
+    def has_room(self, kind: Kind) -> bool:
+        """Whether one more item may go to storage."""
+        return self.storage_limit == inf or self.occupied() + self.item_nbytes[kind] <= self.storage_limit
 
     # What the one who runs the plan reports ------------------------------------------------
 
@@ -197,6 +213,7 @@ class Stock:
             shelf.remove(key.step)
             return True
         if ok:
+            self.writes_ended += 1
             shelf.stored.add(key.step)
         else:
             self.failed.append(key)
@@ -218,6 +235,12 @@ class Stock:
         shelf.remove(key.step)
         return True
 
+    def found_full(self) -> None:
+        """Storage had no room for an item beside those it holds; with none on it, that tells nothing of its size."""
+        occupied = self.occupied()
+        if occupied:
+            self.storage_limit = min(self.storage_limit, occupied)
+
     def free(self, key: Key, *, cancelled: bool = False) -> bool:
         """The plan gave up an item's memory; tells whether the slot is free at once.
 
@@ -238,9 +261,3 @@ class Stock:
         shelf = self.shelf(key.kind)
         shelf.stored.discard(key.step)
         shelf.clean.discard(key.step)
-
-    def items(self) -> Iterator[Key]:
-        """Every item in memory."""
-        for shelf in (self.snapshots, self.residuals):
-            for step in shelf.memory:
-                yield Key(shelf.kind, step)

@@ -128,6 +128,10 @@ class DiskTier:
         """Payload bytes read."""
         return self._ledger.bytes_read
 
+    def item_nbytes(self, nbytes: int) -> int:
+        """What an item of `nbytes` takes of the file, header and padding included."""
+        return self._file.size_of(nbytes)
+
     def fileno(self) -> int:
         """The file's descriptor, for looking at; it is closed with the tier."""
         return self._scratch.fd

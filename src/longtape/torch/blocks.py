@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from longtape.errors import LongtapeError
+from longtape.protocols import Floats
 from longtape.torch.graphs import Residual, StepGraph
 
 Bytes = npt.NDArray[np.uint8]
@@ -157,6 +158,28 @@ class Block:
             fitting = [r for r in graph.residuals if r.offset + r.nbytes <= room]
             views = self._views[key] = [_view(self._memory, start, r) for r in fitting]
         return views
+
+
+def number_nbytes(dtype: torch.dtype) -> int:
+    """Bytes of each number of a type that a lossy codec may round; 0 where it may not."""
+    return {torch.float32: 4, torch.complex64: 4, torch.float64: 8, torch.complex128: 8}.get(dtype, 0)
+
+
+def floats_in_block(graph: StepGraph, nbytes: int, head_nbytes: int, stride_nbytes: int) -> list[Floats]:
+    """Where a block, all of whose steps took one graph, holds floating-point numbers; runs that touch are joined."""
+    found: list[Floats] = []
+    start, room = 0, head_nbytes + stride_nbytes
+    while stride_nbytes and start + room <= nbytes:
+        for residual in graph.residuals:
+            size = number_nbytes(residual.dtype)
+            if not size or residual.offset + residual.nbytes > room:
+                continue
+            run = Floats(start + residual.offset, start + residual.offset + residual.nbytes, size)
+            if found and found[-1].stop == run.start and found[-1].itemsize == size:
+                run = Floats(found.pop().start, run.stop, size)
+            found.append(run)
+        start, room = start + room, stride_nbytes
+    return found
 
 
 def _view(memory: torch.Tensor, start: int, residual: Residual) -> torch.Tensor:

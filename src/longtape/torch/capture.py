@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from longtape.torch.compiled import compiled_forward
 from longtape.torch.graphs import CaptureFailed, Operand, Signature, StepGraph, leaf_number
 from longtape.torch.partition import trace
 from longtape.torch.programs import forward_program
@@ -82,14 +83,18 @@ class CapturedStep:
     differ in what they close over but share their code.
     """
 
-    def __init__(self, carry_spec: pytree.TreeSpec, x_spec: pytree.TreeSpec, *, limit: int = 8) -> None:
+    def __init__(
+        self, carry_spec: pytree.TreeSpec, x_spec: pytree.TreeSpec, *, limit: int = 8, compiled: bool = False
+    ) -> None:
         """Make an empty one; nothing is compiled yet.
 
         Args:
             carry_spec: structure of the carry.
             x_spec: structure of x.
             limit: how many graphs a step may need before capture gives up.
+            compiled: hand graphs to PyTorch's compiler.
         """
+        self.compiled = compiled
         self.carry_spec = carry_spec
         self.x_spec = x_spec
         self.y_spec: pytree.TreeSpec | None = None
@@ -226,7 +231,7 @@ class CapturedStep:
         graph = trace(in_order, inputs, signature)
         self.graphs.append(graph)
         call.rng_state = torch.get_rng_state() if graph.uses_rng else None
-        return _dispatcher(call, graph, [order.index(k) for k in range(len(order))])
+        return _dispatcher(call, graph, [order.index(k) for k in range(len(order))], compiled=self.compiled)
 
     def _learn_structure(self, call: Call, graph: StepGraph, tree: Any) -> None:
         """Check, at a graph's first answer, that its outputs are the leaves of the step's results, in order."""
@@ -270,10 +275,10 @@ def _operands(module: torch.fx.GraphModule, carry_leaves: int) -> list[Operand]:
     return operands
 
 
-def _dispatcher(call: Call, graph: StepGraph, asked: list[int]) -> Callable[..., Any]:
+def _dispatcher(call: Call, graph: StepGraph, asked: list[int], *, compiled: bool) -> Callable[..., Any]:
     """What Dynamo calls in place of its graph; it leaves its answer in `call`."""
-    advance = forward_program(graph, saving=False)
-    record = forward_program(graph, saving=True)
+    written = compiled_forward if compiled else forward_program
+    advance, record = written(graph, saving=False), written(graph, saving=True)
     in_order = asked == list(range(len(asked)))
     casting = torch._C._is_any_autocast_enabled()
 

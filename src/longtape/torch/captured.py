@@ -10,35 +10,37 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from longtape.errors import StepError
-from longtape.protocols import Slot
+from longtape.protocols import Bytes, Slot
 from longtape.torch.blocks import Block
 from longtape.torch.capture import CapturedStep
 from longtape.torch.eager import Cotangents, ones_like
-from longtape.torch.graphs import CaptureFailed
+from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure
 from longtape.torch.tape import Cotangent, Tape, total
 
 _MOST_KEPT = 64
 _kept: OrderedDict[Any, CapturedStep] = OrderedDict()
-_checked: WeakSet[CapturedStep] = WeakSet()
+_checked: WeakKeyDictionary[CapturedStep, str | None] = WeakKeyDictionary()
+"""Steps whose graphs were held against the step itself, and in what they differ by rounding."""
 
 
-def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves) -> CapturedStep:
+def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves, compiled: bool) -> CapturedStep:
     """The graphs of this step for leaves of these shapes, from an earlier call where there was one."""
+    step = getattr(step, "users_step", step)  # what a loop makes of it shares its code with all others
     owner = getattr(step, "__func__", step)
     like = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-    key = (getattr(owner, "__code__", type(step)), carry.spec, carry.present, x.spec, x.present, like)
+    key = (getattr(owner, "__code__", type(step)), carry.spec, carry.present, x.spec, x.present, like, compiled)
     if key in _kept:
         _kept.move_to_end(key)
     else:
-        _kept[key] = CapturedStep(carry.spec, x.spec)
+        _kept[key] = CapturedStep(carry.spec, x.spec, compiled=compiled)
         if len(_kept) > _MOST_KEPT:
             _kept.popitem(last=False)
     return _kept[key]
@@ -53,16 +55,24 @@ class CapturedSteps:
         carry: Structure of the carry.
         like: Leaves of one carry.
         wants_x: Which leaves of x need a cotangent.
+        compiled: Hand the graphs to PyTorch's compiler.
 
     Raises:
         CaptureFailed: The step was found impossible to capture before.
     """
 
     def __init__(
-        self, step: Callable[..., Any], inputs: Inputs, carry: Structure, like: Leaves, wants_x: list[bool]
+        self,
+        step: Callable[..., Any],
+        inputs: Inputs,
+        carry: Structure,
+        like: Leaves,
+        wants_x: list[bool],
+        *,
+        compiled: bool = False,
     ) -> None:
         x = inputs.leaves(0)
-        self._captured = _captured(step, carry, inputs.structure, [*like, *x])
+        self._captured = _captured(step, carry, inputs.structure, [*like, *x], compiled)
         if self._captured.failure is not None:
             raise CaptureFailed(self._captured.failure)
         self._step = step
@@ -79,7 +89,12 @@ class CapturedSteps:
         """Whether the graphs were held against the step itself before."""
         return self._captured in _checked
 
-    def settle(self, disagreement: str | None) -> None:
+    @property
+    def rounding(self) -> str | None:
+        """What differs from the step run as it is by no more than rounding, if anything does."""
+        return _checked.get(self._captured)
+
+    def settle(self, disagreement: str | None, rounding: str | None) -> None:
         """Trust the graphs from now on, or never again.
 
         Raises:
@@ -88,14 +103,25 @@ class CapturedSteps:
         if disagreement is not None:
             self._captured.failure = disagreement
             raise CaptureFailed(disagreement)
-        _checked.add(self._captured)
+        _checked[self._captured] = rounding
 
     def spare_block(self, steps: int = 1) -> Block:
         """Room for the residuals of some steps, outside any budget."""
+        return self.spare(steps)[1]
+
+    def spare(self, steps: int) -> tuple[Bytes, Block]:
+        """Room for the residuals of some steps, outside any budget, and what it is made of."""
         nbytes = self.block_nbytes(steps)
-        room = np.empty(nbytes + 64, np.uint8)
+        room = np.zeros(nbytes + 64, np.uint8)
         start = -room.ctypes.data % 64
-        return self._tape.block(room[start : start + nbytes])
+        data = room[start : start + nbytes]
+        return data, self._tape.block(data)
+
+    @property
+    def only_graph(self) -> StepGraph | None:
+        """The graph that all steps so far took; None where there were several."""
+        graphs = self._captured.graphs
+        return graphs[0] if len(graphs) == 1 else None
 
     def try_step(
         self, carry: Leaves, x: Leaves

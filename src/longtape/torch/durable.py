@@ -65,7 +65,7 @@ class DurableScan:
         if arrays[0].view("<i8").tolist() != [len(job.stepper.closed_over())]:
             raise DamagedBlock("later steps close over other tensors than the first ones")
         if outputs.leaves is None and like:
-            outputs.leaves = [leaf.new_empty((job.steps, *leaf.shape)) for leaf in like]
+            outputs.leaves = [leaf.new_empty((outputs.steps, *leaf.shape)) for leaf in like]
         with torch.no_grad():
             for stack, data in zip(outputs.leaves or [], arrays[1:-2], strict=True):
                 stack[start:stop] = _tensor(data, stack[start:stop])

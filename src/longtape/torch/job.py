@@ -10,24 +10,34 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
+from longtape.actions import Kind
 from longtape.errors import StepError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
-from longtape.protocols import Slot
-from longtape.torch.blocks import RoomExceeded
+from longtape.protocols import Bytes, Floats, Slot
+from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
-from longtape.torch.graphs import CaptureFailed
+from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
+from longtape.witness import Witness
 
 UNKNOWN_NBYTES = 1 << 60
 """Of a taped step that cannot be examined: so many that no two steps are taped together."""
+
+
+MOST_SAMPLED = 64
+"""Steps run to see how small the job's data becomes."""
+
+SAMPLE_NBYTES = 1 << 20
 
 
 class Randomness:
@@ -81,6 +91,10 @@ class Outputs:
                 stack[step].copy_(leaf)
 
 
+Ends = Callable[[int, Leaves], bool]
+"""``ends(step, carry)``: whether the sequence ends before this step."""
+
+
 class RandomnessAppeared(Exception):
     """Steps began to draw random numbers after snapshots were laid out without their state."""
 
@@ -92,8 +106,9 @@ class ScanJob:
         stepper: Runs the step.
         init: Leaves of state 0; never modified.
         inputs: x of every step.
-        steps: N.
+        steps: N, or None.
         randomness: Noted before the first step ran.
+        ends: Where N is None, asked before every step of the forward sweep.
     """
 
     def __init__(
@@ -101,12 +116,15 @@ class ScanJob:
         stepper: EagerStep | CapturedSteps,
         init: Leaves,
         inputs: Inputs,
-        steps: int,
+        steps: int | None,
         randomness: Randomness,
+        *,
+        ends: Ends | None = None,
     ) -> None:
         self.stepper, self.inputs, self.steps = stepper, inputs, steps
         self.init = [leaf.detach() for leaf in init]
-        self.outputs = Outputs(steps)
+        self.outputs = Outputs(steps or 0)
+        self._ends = ends
         self.randomness = randomness
         self.carry: Leaves = []
         self._reached = 0
@@ -118,6 +136,9 @@ class ScanJob:
         self._ys_bar: Cotangents = []
         self._xs_bar: Cotangents = []
         self._measured: JobCosts | None = None
+        self._rounded: StepGraph | None = None
+        self._spare: Block | None = None
+        """Room for the residuals of a single step, where a captured step is reversed at once."""
         self.tape_nbytes = 0
         self.load_initial()
 
@@ -172,22 +193,29 @@ class ScanJob:
     # Steps -----------------------------------------------------------------------------------
 
     def advance(self, start: int, stop: int) -> int:
-        self.run_plainly(start, stop)
+        reached = self.run_plainly(start, stop)
         self._check_randomness()
-        return stop
+        return reached
 
-    def run_plainly(self, start: int, stop: int) -> None:
-        """Run steps that need never be run again."""
-        step, inputs, index = self.stepper, self.inputs, start
+    def _ends_before(self, index: int) -> bool:
+        return self._ends is not None and not self._turned and self._ends(index, self.carry)
+
+    def run_plainly(self, start: int, stop: int) -> int:
+        """Run steps that need never be run again; returns the state reached."""
+        step, inputs, index, ends = self.stepper, self.inputs, start, self._ends is not None
         try:
             for index in range(start, stop):
+                if ends and self._ends_before(index):
+                    return index
                 self.carry, y = step.advance(index, self.carry, inputs.leaves(index))
                 self._put(index, y)
         except Exception as error:
             _name_step(error, index)
             raise
+        return stop
 
     def _put(self, index: int, y: Leaves) -> None:
+        """A step has run: the working carry is state `index` + 1."""
         if index >= self._reached:
             if y:
                 self.outputs.put(index, y)
@@ -207,7 +235,7 @@ class ScanJob:
     def rehearse(self) -> None:
         """Run the first steps, so that what they close over and return is known; nothing is kept of it."""
         self.load_initial()
-        self.stepper.rehearse(self.carry, [self.inputs.leaves(k) for k in range(min(2, self.steps))])
+        self.stepper.rehearse(self.carry, [self.inputs.leaves(k) for k in range(min(2, self.steps or 1))])
         self.load_initial()
 
     def begin_reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, closed: Leaves, wants_x: list[bool]) -> None:
@@ -246,13 +274,15 @@ class ScanJob:
         return self._xs_bar
 
     def reverse(self, start: int, stop: int) -> None:
-        assert isinstance(self.stepper, EagerStep)
+        if isinstance(self.stepper, CapturedSteps):
+            self._reverse_captured(self.stepper, start, stop)
+            return
         tapes = []
         carry = self.carry
         index = start
         try:
             for index in range(start, stop):
-                carry, tape = self.stepper.tape(index, carry, self.inputs.leaves(index))
+                carry, tape = self._tape(index, carry)
                 tapes.append(tape)
         except Exception as error:
             _name_step(error, index)
@@ -265,6 +295,10 @@ class ScanJob:
             self._keep_x_bar(tape.step, x_bar)
         self._carry_bar = list(carry_bar)
 
+    def _tape(self, index: int, carry: Leaves) -> tuple[Leaves, Tape]:
+        assert isinstance(self.stepper, EagerStep)
+        return self.stepper.tape(index, carry, self.inputs.leaves(index))
+
     def _y_bar(self, step: int, count: int) -> Cotangents:
         return [None if bar is None else bar[step] for bar in self._ys_bar] if self._ys_bar else [None] * count
 
@@ -275,6 +309,9 @@ class ScanJob:
         index = start
         try:
             for index in range(start, stop):
+                if self._ends_before(index):
+                    stop = index
+                    break
                 self.carry, y, number = steps.record(index, self.carry, self.inputs.leaves(index), block, index - start)
                 self._put(index, y)
                 numbers.append(number)
@@ -282,6 +319,8 @@ class ScanJob:
             _name_step(error, index)
             raise
         self._check_randomness()
+        if self._rounded is not None and steps.only_graph is not self._rounded:
+            raise RoomExceeded("a step took another path, whose residuals lie elsewhere in a block")
         pattern = tuple(numbers)
         self._numbers[start] = self._patterns.setdefault(pattern, pattern)
         return stop
@@ -290,15 +329,30 @@ class ScanJob:
         steps = self.stepper
         assert isinstance(steps, CapturedSteps)
         block, numbers = steps.block(slot), self._numbers.pop(start)
-        count = len(self._ys_bar)
-        none_of_x: Any = [None] * len(self.inputs.structure.contract(self.inputs.structure.present))
         for index in range(stop - 1, start - 1, -1):
-            number = numbers[index - start]
-            x = self.inputs.leaves(index) if steps.needs_x(number) else none_of_x
-            y_bar = self._y_bar(index, count)
-            self._carry_bar, x_bar = steps.pull_back(number, block, index - start, x, self._carry_bar, y_bar)
-            if self._xs_bar:
-                self._keep_x_bar(index, totals(x_bar))
+            self._pull_back_step(steps, index, numbers[index - start], block, index - start)
+
+    def _pull_back_step(self, steps: CapturedSteps, index: int, number: int, block: Block, position: int) -> None:
+        structure = self.inputs.structure
+        none_of_x: Any = [None] * len(structure.contract(structure.present))
+        x = self.inputs.leaves(index) if steps.needs_x(number) else none_of_x
+        y_bar = self._y_bar(index, len(self._ys_bar))
+        self._carry_bar, x_bar = steps.pull_back(number, block, position, x, self._carry_bar, y_bar)
+        if self._xs_bar:
+            self._keep_x_bar(index, totals(x_bar))
+
+    def _reverse_captured(self, steps: CapturedSteps, start: int, stop: int) -> None:
+        """The adjoint of one step, whose tape is its own working set and in no slot."""
+        assert stop == start + 1
+        if self._spare is None:
+            self._spare = steps.spare_block()
+        try:
+            self.carry, y, number = steps.record(start, self.carry, self.inputs.leaves(start), self._spare, 0)
+            self._put(start, y)
+        except Exception as error:
+            _name_step(error, start)
+            raise
+        self._pull_back_step(steps, start, number, self._spare, 0)
 
     def _keep_x_bar(self, step: int, x_bar: Cotangents) -> None:
         for stack, bar in zip(self._xs_bar, x_bar, strict=False):
@@ -339,13 +393,74 @@ class ScanJob:
         def busy() -> None:
             forward()
 
-        seconds = _least(forward)
+        if isinstance(self.stepper, EagerStep):
+            self._check_repeatable(self.stepper)
+        seconds = _typical(forward)
         if isinstance(self.stepper, CapturedSteps):
             costs = self._time_recording(self.stepper, seconds)
         else:
             costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
         self.load_initial()
-        return replace(costs, busy=busy, restore=self.load_initial)
+        return replace(costs, busy=busy, restore=self.load_initial, sample=self._sample)
+
+    def _check_repeatable(self, step: EagerStep) -> None:
+        """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
+
+        Rounding may differ, as it does in parallel sums.
+
+        Raises:
+            StepError: The results differ.
+        """
+
+        def results() -> Leaves:
+            self.load_initial()
+            carry, y = step.advance(0, self.carry, self.inputs.leaves(0))
+            return [leaf.clone() for leaf in [*carry, *y]]
+
+        first = results()
+        if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
+            first = results()
+        for a, b in zip(first, results(), strict=True):
+            if not _same_bits(a, b) and not _agree(a, b):
+                raise StepError(
+                    "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
+                    "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
+                    "depends on something that changes from call to call; pass such things in xs or in the carry"
+                )
+
+    def _sample(self) -> tuple[Kind, Bytes]:
+        """An item of the job's own data: the residuals of some first steps, or a state a few steps on."""
+        self.load_initial()
+        steps = self.stepper
+        known = 1 if self.steps is None else self.steps  # of an unknown length, one step at least
+        if not isinstance(steps, CapturedSteps):
+            for index in range(min(known, MOST_SAMPLED)):
+                self.carry, _ = steps.advance(index, self.carry, self.inputs.leaves(index))
+            return Kind.SNAPSHOT, self.save(Slot(np.zeros(self.layout().nbytes, np.uint8))).data
+        count = max(1, min(known, MOST_SAMPLED, SAMPLE_NBYTES // max(1, steps.stride_nbytes)))
+        data, block = steps.spare(count)
+        for index in range(count):
+            self.carry, _, _ = steps.record(index, self.carry, self.inputs.leaves(index), block, index)
+        steps.forget()
+        return Kind.RESIDUALS, data
+
+    def floats(self, kind: Kind, nbytes: int) -> Sequence[Floats]:
+        """Where an item holds floating-point numbers that may be rounded."""
+        if kind is Kind.SNAPSHOT:
+            return [
+                Floats(offset, offset + size, size_of)
+                for offset, size, leaf in zip(self._fields.offsets, self._fields.sizes, self.init, strict=False)
+                if (size_of := number_nbytes(leaf.dtype))
+            ]
+        if self._rounded is None:
+            return []
+        assert isinstance(self.stepper, CapturedSteps)
+        return floats_in_block(self._rounded, nbytes, self.stepper.block_nbytes(0), self.stepper.stride_nbytes)
+
+    def round_blocks(self) -> None:
+        """Let a lossy codec round blocks, too, where all steps take one graph: from then on all must."""
+        if isinstance(self.stepper, CapturedSteps):
+            self._rounded = self.stepper.only_graph
 
     def _time_recording(self, steps: CapturedSteps, forward: float) -> JobCosts:
         """Record step 0 and pull back through it a few times; nothing is kept of it."""
@@ -365,11 +480,10 @@ class ScanJob:
             pull_back.append(clock() - ready)
             return clock() - began
 
-        _least(once)
+        _typical(once)
         steps.forget()
-        return JobCosts(
-            forward=forward, reverse=min(record) + min(pull_back), record=min(record), pull_back=min(pull_back)
-        )
+        taped, pulled = median(record), median(pull_back)
+        return JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled)
 
     def _time_taping(self, step: EagerStep) -> float:
         """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
@@ -384,7 +498,7 @@ class ScanJob:
             step.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
             return clock() - began
 
-        return _least(once)
+        return _typical(once)
 
     def _tape_first(self, step: EagerStep, x: Leaves) -> Tape:
         saved: dict[int, int] = {}
@@ -409,33 +523,112 @@ class ScanJob:
         return tape
 
 
+class VerifiedScanJob(ScanJob):
+    """A scan whose states are compared with what they were the first time, bit for bit."""
+
+    def __init__(
+        self,
+        stepper: EagerStep | CapturedSteps,
+        init: Leaves,
+        inputs: Inputs,
+        steps: int | None,
+        randomness: Randomness,
+        *,
+        names: Sequence[str],
+        ends: Ends | None = None,
+    ) -> None:
+        self._witness = Witness(names.__getitem__)
+        self._loaded = True
+        super().__init__(stepper, init, inputs, steps, randomness, ends=ends)
+
+    @property
+    def states_verified(self) -> int:
+        """States that came out the same when they were computed again or fetched."""
+        return self._witness.compared
+
+    def _see(self, state: int, carry: Leaves, *, kept: bool = False) -> None:
+        self._witness.see(state, [_as_bytes(leaf) for leaf in carry], kept=kept)
+
+    def _put(self, index: int, y: Leaves) -> None:
+        self._see(index + 1, self.carry)
+        super()._put(index, y)
+
+    def _tape(self, index: int, carry: Leaves) -> tuple[Leaves, Tape]:
+        carry, tape = super()._tape(index, carry)
+        self._see(index + 1, carry)
+        return carry, tape
+
+    def load(self, slot: Slot) -> None:
+        super().load(slot)
+        self._loaded = True
+
+    def load_initial(self) -> None:
+        super().load_initial()
+        self._loaded = True
+
+    def _see_loaded(self, start: int) -> None:
+        if self._loaded:
+            self._loaded = False
+            self._see(start, self.carry, kept=True)
+
+    def advance(self, start: int, stop: int) -> int:
+        self._see_loaded(start)
+        return super().advance(start, stop)
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        self._see_loaded(start)
+        return super().record(start, stop, slot)
+
+    def reverse(self, start: int, stop: int) -> None:
+        self._see_loaded(start)
+        super().reverse(start, stop)
+
+
+def _as_bytes(leaf: torch.Tensor) -> Bytes:
+    plain = leaf.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy()
+
+
 def _name_step(error: Exception, index: int) -> None:
     if not isinstance(error, CaptureFailed | RoomExceeded):
         error.add_note(f"longtape: in step {index} of the scan")
 
 
-def _least(timed: Callable[[], float]) -> float:
-    """The least of a few timings: at least three, and more where they are short."""
+def _typical(timed: Callable[[], float]) -> float:
+    """The median of a few timings: at least three, and more where they are short."""
     seconds = [timed() for _ in range(3)]
     while sum(seconds) < 0.02 and len(seconds) < 50:
         seconds.append(timed())
-    return min(seconds)
+    return median(seconds)
 
 
-def disagreement(captured: ScanJob, eager: ScanJob) -> str | None:
-    """Why captured graphs cannot stand for the step, or None: both run step 0 forward and back."""
+def disagreement(captured: ScanJob, eager: ScanJob) -> tuple[str | None, str | None]:
+    """Why captured graphs cannot stand for the step, and what differs by rounding only: both run step 0, both ways.
+
+    Bits may differ where the step computes in place on part of a tensor: operators round
+    otherwise on rows than on contiguous memory, and a graph has no memory to compute in.
+    """
     ours, theirs = _first_step(captured), _first_step(eager)
     if ours.keys() != theirs.keys():
-        return "on step 0, they close over other tensors than the step run as it is"
-    wrong = [name for name in ours if not _agree(ours[name], theirs[name])]
-    return f"on step 0, {wrong[0][0]} differs from that of the step run as it is" if wrong else None
+        return "on step 0, they close over other tensors than the step run as it is", None
+    differ = [name for name in ours if not _same_bits(ours[name], theirs[name])]
+    wrong = [name for name in differ if not _agree(ours[name], theirs[name])]
+    if wrong:
+        return f"on step 0, {wrong[0][0]} differs from that of the step run as it is", None
+    return None, f"on step 0, {differ[0][0]} differs from that of the step run as it is" if differ else None
+
+
+def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None:
+        return all(part is None or not part.any() for part in (a, b))
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
-        return all(part is None or not part.any() for part in (a, b))
+        return False  # the one that is there is not zero
     if not differentiable(a):
-        return torch.equal(a, b)
+        return False
     tolerance = 3.0 * torch.finfo(a.dtype).eps ** 0.5
     size = float(torch.nan_to_num(b.detach()).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longtape.compose import Run, Settings, Traits
+from longtape.compose import Run, Settings, Traits, refuse_lossy_verification, refuse_resuming
 from longtape.durable.fingerprints import of_bytes, of_code
 from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
@@ -23,19 +23,22 @@ from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.durable import DurableScan, bytes_of
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
-from longtape.torch.job import Randomness, RandomnessAppeared, ScanJob, disagreement
-from longtape.torch.structure import Leaves, Structure, flatten
+from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.structure import Leaves, Structure, flatten, paths
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
 CAPTURED_FROM = 256
 """Steps from which on it pays to spend the seconds that capturing a step takes."""
+
+_MANY_STEPS = 1 << 20
 
 MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
@@ -63,6 +66,10 @@ def scan(
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
     capture: bool | None = None,
+    verify: bool = False,
+    stuck_seconds: float = 30.0,
+    compress: str | None = None,
+    compile: bool = False,
     resume: str | os.PathLike[str] | None = None,
     resume_seconds: float = DEFAULT_SECONDS,
     name: str = "scan",
@@ -97,7 +104,18 @@ def scan(
         capture: Turn the step into explicit forward and backward graphs, so that residuals can be
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
-            the report says why.
+            the report says why; so is, for None, one whose graphs give other bits than itself.
+        verify: Compare every state that is computed again, or fetched, with what it was the first
+            time, bit for bit.  Takes a hash a step, and 8 bytes a leaf and step beside `memory`.
+            In a scan that is resumed, states of the process before were not seen.
+        stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
+        compress: Codec for what goes to storage, used where it is predicted to pay: ``"lz4"``, ``"zstd"``,
+            ``"bitshuffle+lz4"`` or ``"bitshuffle+zstd"``.  ``"relative:1e-4+bitshuffle+zstd"`` is lossy:
+            it first rounds floating-point numbers, each by at most that share of its size, and
+            gradients are no longer exact.  Integers, flags and random states are never rounded.
+        compile: Hand the captured graphs to PyTorch's compiler, which fuses operators: quicker where they are
+            small, after a minute or so of compiling.  Needs a C++ compiler, and implies ``capture=True``;
+            results differ from the step's own in the last bits.
         resume: Directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
             power or an exception, the same call goes on where they were: a scan whose forward
             sweep had ended returns at once, and backward, for the same cotangents, goes on below
@@ -116,6 +134,7 @@ def scan(
             inputs included, or another process is working on it.
         StepError: The step changes or keeps what it must not, or returns something else than
             before.
+        ReplayError: A step gave something else when it was run again, and `verify` is set.
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
@@ -124,15 +143,31 @@ def scan(
     for position, leaf in enumerate(init_leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if compile and capture is False:
+        raise UsageError(
+            "compile=True hands captured graphs to the compiler, but capture=False makes none; leave one out"
+        )
     if steps < 1:
         raise UsageError(f"a scan needs at least one step, not {steps}")
-    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
-    call = _Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
-    call.captures = steps >= CAPTURED_FROM if capture is None else capture
+    if verify:
+        refuse_lossy_verification(compress)
+    settings = Settings(
+        memory,
+        disk=disk,
+        disk_limit=disk_limit,
+        observers=tuple(observers),
+        tier=tier,
+        compress=compress,
+        stuck_seconds=stuck_seconds,
+    )
+    call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
+    call.names = paths(init, "carry") if verify else None
+    call.captures = steps >= CAPTURED_FROM if capture is None and not compile else capture is not False
+    call.exactly = capture is None and not compile
+    call.compiles = compile
     seconds = check_seconds(resume_seconds)
     if resume is not None:
-        if tier is not None:
-            raise UsageError("a scan in a tier of your own cannot be resumed; leave out tier, or resume")
+        refuse_resuming(steps=steps, tier=tier, compress=compress)
         call.durable = _Where(resume, name, seconds)
     return call.run()
 
@@ -146,12 +181,25 @@ class _Where:
     seconds: float
 
 
-class _Call:
-    """One call of `scan`: what is needed to run its sweeps, again if must be."""
+class Call:
+    """One call of `scan`, or of what is built upon it: what is needed to run its sweeps, again if must be."""
 
     captures = False
     """Whether to run captured graphs; turned off for good where the step cannot be captured."""
     durable: _Where | None = None
+    """Where to make the sweeps durable; None: nowhere."""
+
+    title = "scan"
+    ends: Ends | None = None
+    """Tells from the carry whether the sequence ends before a step; where its length is not known."""
+
+    names: Sequence[str] | None = None
+    """What the leaves of the carry are called, where states are to be verified."""
+    exactly = True
+    """Whether captured graphs must give the very bits that the step itself gives on step 0."""
+
+    compiles = False
+    """Whether graphs go through PyTorch's compiler."""
 
     def __init__(
         self,
@@ -159,7 +207,7 @@ class _Call:
         init: Leaves,
         carry: Structure,
         inputs: Inputs,
-        steps: int,
+        steps: int | None,
         settings: Settings,
         hooks: Hooks,
     ) -> None:
@@ -193,10 +241,14 @@ class _Call:
         wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
         stepper: EagerStep | CapturedSteps
         if capture:
-            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants)
+            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles)
         else:
             stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
-        job = ScanJob(stepper, self.init, self.inputs, self.steps, self._randomness)
+        given = (stepper, self.init, self.inputs, self.steps, self._randomness)
+        if self.names is None:
+            job = ScanJob(*given, ends=self.ends)
+        else:
+            job = VerifiedScanJob(*given, ends=self.ends, names=self.names)
         job.layout()
         return job
 
@@ -208,13 +260,16 @@ class _Call:
         assert isinstance(job.stepper, EagerStep)
         if not torch.is_grad_enabled():
             job.stepper.closures = None
-            job.run_plainly(0, self.steps)
+            self._run_plainly(job, 0)
             return True
         watched = job.stepper.closures
         assert watched is not None
         watched.strict = False
-        for start, stop in (0, 1), (1, self.steps):
-            job.run_plainly(start, stop)
+        for start in (0, 1):
+            if start == 0:
+                job.run_plainly(0, 1)
+            else:
+                self._run_plainly(job, 1)
             if watched.tensors():
                 # Whatever was changed in place, the sweeps would now begin with it.
                 if watched.broken is not None:
@@ -222,6 +277,14 @@ class _Call:
                 self._randomness.note()
                 return False
         return True
+
+    def _run_plainly(self, job: ScanJob, start: int) -> None:
+        """Run all steps from one on, to the end wherever that is."""
+        if self.steps is not None:
+            job.run_plainly(start, self.steps)
+            return
+        while job.run_plainly(start, start + _MANY_STEPS) == start + _MANY_STEPS:
+            start += _MANY_STEPS
 
     def _results(self, job: ScanJob, carry: Leaves, ys: Leaves) -> tuple[Any, Any]:
         assert job.stepper.y is not None
@@ -282,16 +345,19 @@ class _Call:
                 least = layout.nbytes + job.stepper.block_nbytes(1) + 4096
                 if least > parse_bytes(self._settings.memory):
                     raise CaptureFailed(f"a carry and the residuals of one step take {format_bytes(least)} of memory")
+            if self._settings.compress is not None and parse_codec(self._settings.compress).bound is not None:
+                job.round_blocks()
             traits = Traits(
-                title="scan",
+                title=self.title,
                 steps=self.steps,
                 state_nbytes=max(1, layout.nbytes),
                 residual_nbytes=job.stepper.stride_nbytes if isinstance(job.stepper, CapturedSteps) else None,
                 residual_head_nbytes=job.stepper.block_nbytes(0) if isinstance(job.stepper, CapturedSteps) else 0,
                 tape_nbytes=job.tape_nbytes,
-                max_window=1 if records else min(self.steps, 256),
+                max_window=1 if records else min(self.steps or _MANY_STEPS, 256),
                 initial_is_free=True,
                 notes=tuple(self._notes),
+                floats=job.floats,
             )
             settings = self._settings
             if home is not None:
@@ -308,11 +374,12 @@ class _Call:
         job.rehearse()
         assert self.durable is not None
         captures = isinstance(job.stepper, CapturedSteps)
+        way = "compiled" if self.compiles else "captured"
         fingerprint = {
             "front end": "longtape.torch.scan",
             "step": f"{getattr(self._step, '__module__', '')}.{getattr(self._step, '__qualname__', type(self._step))}",
             "code of the step": of_code(self._step, getattr(type(self._step), "forward", None)),
-            "way of running the step": "captured" if captures else "as it is",
+            "way of running the step": way if captures else "as it is",
             "number of steps": str(self.steps),
             "structure of the carry": f"{self._carry.spec} {[(str(t.dtype), list(t.shape)) for t in self.init]}",
             "initial carry": of_bytes(map(bytes_of, self.init)),
@@ -328,7 +395,11 @@ class _Call:
         """Hold the captured graphs against the step itself, on step 0."""
         if isinstance(job.stepper, CapturedSteps) and not job.stepper.checked:
             self._randomness.note()
-            job.stepper.settle(disagreement(job, self._new_job()))
+            job.stepper.settle(*disagreement(job, self._new_job()))
+        if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
+            if self.exactly:
+                raise CaptureFailed(f"{job.stepper.rounding} in the last bits; capture=True accepts that")
+            self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
 
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
@@ -386,7 +457,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: _Call, results: Leaves, outside: Leaves, *given: torch.Tensor
+        ctx: Any, call: Call, results: Leaves, outside: Leaves, *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -399,7 +470,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
         given = ctx.saved_tensors[: len(wants)]
-        call: _Call = ctx.call
+        call: Call = ctx.call
         count = len(call.init)
         with torch.no_grad():
             found = call.reverse(list(bars[:count]), list(bars[count:]), wants)

@@ -33,6 +33,12 @@ class Structure:
         return [leaf for leaf, there in zip(leaves, self.present, strict=True) if there]
 
 
+def paths(tree: Any, name: str) -> list[str]:
+    """What to call each leaf that is not None: ``name['h'][0]``; just `name` for a tree that is one leaf."""
+    found, _ = pytree.tree_flatten_with_path(tree)
+    return [name + pytree.keystr(path) for path, leaf in found if leaf is not None]
+
+
 def flatten(tree: Any) -> tuple[list[Any], Structure]:
     """The leaves of a tree that are not None, and how to put them back."""
     leaves, spec = pytree.tree_flatten(tree)

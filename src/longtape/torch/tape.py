@@ -25,6 +25,7 @@ import torch
 from longtape.errors import UsageError
 from longtape.torch.blocks import Block, Bytes, RoomExceeded, Staging
 from longtape.torch.capture import Call, CapturedStep, Leaves, below_autograd
+from longtape.torch.compiled import compiled_backward
 from longtape.torch.graphs import StepGraph
 from longtape.torch.programs import backward_program
 
@@ -181,7 +182,7 @@ class Tape:
         entry = self._entries[number]
         graph = entry.graph
         pattern, flat = _pattern(graph, carry_cotangents, y_cotangents)
-        program = backward_program(graph, pattern)
+        program = (compiled_backward if self.captured.compiled else backward_program)(graph, pattern)
         residuals = block.load(position, graph, entry.before)
         with below_autograd():
             if torch._C._is_any_autocast_enabled():

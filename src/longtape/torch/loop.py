@@ -1,0 +1,113 @@
+"""`while_loop`: a differentiable loop of unknown length, in a fixed memory budget.
+
+Thin: a scan without inputs and outputs that ends where the condition says.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from longtape.compose import Run, Settings
+from longtape.errors import StepError, UsageError
+from longtape.plan.choose import Choice
+from longtape.protocols import Observer, Tier
+from longtape.torch.inputs import NoInputs
+from longtape.torch.scan import CAPTURED_FROM, Call, Hooks
+from longtape.torch.structure import Leaves, Structure, flatten
+
+
+def while_loop(
+    cond: Callable[[Any], Any],
+    step: Callable[[Any], Any],
+    init: Any,
+    *,
+    memory: int | str,
+    disk: str | os.PathLike[str] | None = None,
+    disk_limit: int | str | None = None,
+    max_steps: int | None = None,
+    observers: Sequence[Observer] = (),
+    tier: Tier | None = None,
+    on_plan: Callable[[Choice], None] | None = None,
+    on_report: Callable[[Run], None] | None = None,
+    capture: bool | None = None,
+) -> Any:
+    """Run ``carry = step(carry)`` while ``cond(carry)``, so that gradients fit in `memory`.
+
+    The contract is that of ``jax.lax.while_loop``, with reverse-mode gradients: they reach `init`
+    and every tensor the step closes over, as in `scan`.  Nothing about the number of steps is
+    needed in advance; the report tells it.
+
+    Args:
+        cond: Takes the carry; returns a bool, or a tensor of one element.  Asked once before every
+            step of the forward sweep, without gradients.  It must not change the carry or draw random
+            numbers.
+        step: Takes and returns the carry; under the same rules as in `scan`.
+        init: The first carry; a pytree of tensors.  Never modified.
+        memory: Most bytes held for snapshots, residuals and staging together.
+        disk: Directory for a private scratch file; None recomputes within memory.
+        disk_limit: Most bytes of it.  When it is reached, what is stored is thinned.
+        max_steps: Stop after so many steps even where `cond` still holds; None: never.
+        observers: Objects with `on_action` and `on_transfer`.
+        tier: Storage to use in place of a scratch file.
+        on_plan: Called with the chosen plan before the forward sweep.
+        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        capture: As in `scan`; None captures the step unless `max_steps` is less than 256.
+
+    Returns:
+        The final carry; `init` as it is where `cond` does not hold for it.
+
+    Raises:
+        UsageError: An argument that cannot be honoured.
+        BudgetError: `memory` is less than one carry.
+        StepError: The step breaks its contract, or `cond` does.
+        Exception: Whatever `step` or `cond` raises, with a note naming the step.
+    """
+    leaves, carry = flatten(init)
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
+        raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+    ends = _Ends(cond, carry, max_steps)
+    if ends(0, [leaf.detach() for leaf in leaves]):
+        return init
+    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
+    call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report))
+    call.title, call.ends = "while_loop", ends
+    call.captures = (max_steps is None or max_steps >= CAPTURED_FROM) if capture is None else capture
+    return call.run()[0]
+
+
+def _without_y(step: Callable[[Any], Any]) -> Callable[[Any, Any], tuple[Any, None]]:
+    def scan_step(carry: Any, x: Any) -> tuple[Any, None]:
+        return step(carry), None
+
+    scan_step.users_step = step  # type: ignore[attr-defined]
+    return scan_step
+
+
+class _Ends:
+    """Whether the loop ends before a step."""
+
+    def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None) -> None:
+        self._cond, self._carry, self._max_steps = cond, carry, max_steps
+
+    def __call__(self, step: int, carry: Leaves) -> bool:
+        if self._max_steps is not None and step >= self._max_steps:
+            return True
+        with torch.no_grad():
+            before = torch.get_rng_state() if step == 0 else None
+            holds = self._cond(self._carry.build(carry))
+        if before is not None and not torch.equal(before, torch.get_rng_state()):
+            raise StepError("cond draws random numbers, which would be others when the steps are run again")
+        if isinstance(holds, torch.Tensor) and holds.numel() == 1:
+            return not holds.item()
+        if not isinstance(holds, bool):
+            raise StepError(
+                f"cond must return a bool or a tensor of one element, not {type(holds).__name__}: {holds!r:.80}"
+            )
+        return not holds
