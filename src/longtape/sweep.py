@@ -308,9 +308,13 @@ class Sweep:
             beside `memory`.  States inside one `reverse` call are not seen.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is
             recomputed.
+        schedule: A `checkpoint_schedules.CheckpointSchedule` to follow, fresh; it is read and
+            checked here, and used up.  What it keeps on disk is written and fetched in the
+            background.  None: the quickest plan for the budget is chosen.
 
     Raises:
-        BudgetError: `memory` cannot hold one state.
+        BudgetError: `memory` cannot hold one state, or what the schedule keeps in memory.
+        ScheduleError: The schedule breaks its own rules; says at which action and step.
         UsageError: Any other argument that cannot be honoured.
 
     Example::
@@ -335,6 +339,7 @@ class Sweep:
         costs: Costs | None = None,
         verify: bool = False,
         stuck_seconds: float = 30.0,
+        schedule: Any = None,
     ) -> None:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise UsageError(f"steps must be an integer of at least 1, not {steps!r}")
@@ -349,7 +354,7 @@ class Sweep:
         span = 1 if out_of_place else getattr(model, "max_reverse", 1)
         if not isinstance(span, int) or span < 1:
             raise UsageError(f"model.max_reverse must be an integer of at least 1, not {span!r}")
-        by_rows = not out_of_place and span == 1 and self._steps_are_tiny(measured)
+        by_rows = schedule is None and not out_of_place and span == 1 and self._steps_are_tiny(measured)
         traits = Traits(
             title=type(model).__name__,
             steps=steps,
@@ -368,6 +373,7 @@ class Sweep:
             tier=tier,
             costs=costs,
             stuck_seconds=stuck_seconds,
+            schedule=schedule,
         )
         self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
         if by_rows:
