@@ -17,6 +17,7 @@ PACKAGE = Path(longtape.__file__).parent
 HOMES = {
     "torch": "torch/",
     "jax": "jax/",
+    "checkpoint_schedules": "schedules.py",
     "matplotlib": "plots.py",
     "tqdm": "progress.py",
 }
@@ -48,7 +49,7 @@ def _loaded_by(statement: str) -> set[str]:
 def test_importing_the_package_loads_no_framework() -> None:
     loaded = _loaded_by("import longtape")
     assert "longtape" in loaded
-    assert not loaded & {"torch", "jax", "jaxlib", "matplotlib", "tqdm", "numba", "scipy"}
+    assert not loaded & {"torch", "jax", "jaxlib", "matplotlib", "tqdm", "numba", "scipy", "checkpoint_schedules"}
 
 
 @pytest.mark.parametrize("module", ["longtape.progress", "longtape.plots"])

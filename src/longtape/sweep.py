@@ -111,6 +111,7 @@ class _InPlaceJob:
     def reset(self, initial: list[Array]) -> None:
         for array, kept in zip(self._model.state, initial, strict=True):
             np.copyto(array, kept, casting="no")
+        self._step = 0
 
     def advance(self, start: int, stop: int) -> int:
         self._model.advance(start, stop)

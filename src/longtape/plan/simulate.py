@@ -10,7 +10,7 @@ and reads are served first come, first served, each kind one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
@@ -124,8 +124,7 @@ class _Machine:
     def run_steps(self, start: int, stop: int, seconds: float) -> None:
         if self.work != start:
             raise PlanError(f"steps [{start}, {stop}) asked for while the working state is {self.work}")
-        for _ in range(start, stop):
-            self.pass_time(self.now + seconds)
+        self.pass_time(self.now + seconds * (stop - start))
         self.work = stop
 
     def advance(self, action: Advance) -> None:
@@ -237,20 +236,14 @@ def simulate(
     Raises:
         PlanError: The plan did something illegal.
     """
-    machine: _Machine
-    stock = Stock(slots, blocks, steps=steps if known else None, clock=lambda: machine.now)
-    machine = _Machine(stock, speeds, steps)
-    probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
-    stock.forward.add(speeds.forward)
-    stock.reverse.add(speeds.reverse)
-    stock.write.add(speeds.write(probe))
-    stock.read.add(speeds.read(probe))
-    stock.block_write.add(speeds.write(block))
-    stock.block_read.add(speeds.read(block))
-    for action in _checked(AsynchronousPlan(stock, layout or Layout(), rules), observe):
+    machine, plan = _set_up(steps, slots, speeds, layout, rules, blocks=blocks, known=known)
+    for action in plan:
+        if observe is not None:
+            observe(action)
         machine.perform(action)
     if machine.adjoint != 0:
         raise PlanError(f"the plan ended with the adjoint at step {machine.adjoint}")
+    stock = machine.stock
     return Outcome(
         seconds=machine.now,
         advances=machine.advances,
@@ -265,8 +258,33 @@ def simulate(
     )
 
 
-def _checked(actions: Iterable[Action], observe: Callable[[Action], None] | None) -> Iterable[Action]:
-    for action in actions:
-        if observe is not None:
-            observe(action)
+def play(steps: int, slots: int, speeds: Speeds, layout: Layout, rules: Rules) -> Iterator[Action]:
+    """The actions that the asynchronous plan takes in the event model, one by one as they are asked for."""
+    machine, plan = _set_up(steps, slots, speeds, layout, rules)
+    for action in plan:
         yield action
+        machine.perform(action)
+
+
+def _set_up(
+    steps: int,
+    slots: int,
+    speeds: Speeds,
+    layout: Layout | None,
+    rules: Rules | None,
+    *,
+    blocks: int = 0,
+    known: bool = True,
+) -> tuple[_Machine, AsynchronousPlan]:
+    """A machine at the start of the plan, which knows the durations."""
+    machine: _Machine
+    stock = Stock(slots, blocks, steps=steps if known else None, clock=lambda: machine.now)
+    machine = _Machine(stock, speeds, steps)
+    probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
+    stock.forward.add(speeds.forward)
+    stock.reverse.add(speeds.reverse)
+    stock.write.add(speeds.write(probe))
+    stock.read.add(speeds.read(probe))
+    stock.block_write.add(speeds.write(block))
+    stock.block_read.add(speeds.read(block))
+    return machine, AsynchronousPlan(stock, layout or Layout(), rules)
