@@ -46,9 +46,9 @@ def annotation_is_off_afterwards():
     pyadjoint.pause_annotation()
 
 
-def floats(schedule, steps=STEPS):
+def floats(schedule, steps=STEPS, package_data=None):
     """The step x + 0.1 sin(c x) on pyadjoint's own floats, and the derivative of x² at the end with respect to c."""
-    with set_working_tape(pyadjoint.Tape()) as tape:
+    with set_working_tape(pyadjoint.Tape(package_data=package_data)) as tape:
         pyadjoint.continue_annotation()
         if schedule is not None:
             tape.enable_checkpointing(schedule)
@@ -69,6 +69,16 @@ def test_floats(name):
     derivative, order = floats(IN_MEMORY[name](STEPS))
     assert derivative == expected
     assert order > 1.95
+
+
+def test_floats_stay_in_memory_under_a_schedule_that_uses_the_disk(scratch):
+    package = heat.Scratch(str(scratch))
+    try:
+        derivative, _ = floats(ON_DISK["ours"](STEPS), package_data={"longtape": package})
+    finally:
+        package.close()
+    assert derivative == floats(None)[0]
+    assert package.written == 0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
