@@ -24,7 +24,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum, IntFlag
-from typing import Any
+from typing import Any, NamedTuple
 
 from longtape.errors import ScheduleError, UsageError
 
@@ -59,8 +59,7 @@ class Place(IntFlag):
     """RAM or working storage: both are slots here."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One entry of a transcript; see `Op`."""
 
     op: Op
@@ -75,10 +74,13 @@ class Entry:
     @property
     def source(self) -> Place:
         """Where LOAD and COPY take the state from."""
-        return Place(self.second) if self.op is Op.COPY else self.place
+        return _PLACES[self.second] if self.op is Op.COPY else self.place
 
 
 _LAST, _UNUSED = 8, 16
+_OPS = tuple(Op)
+_PLACES = tuple(Place(bits) for bits in range(8))
+"""Looked up, for calling an enumeration takes longer than all the rest of an entry."""
 
 
 @dataclass(slots=True)
@@ -111,10 +113,10 @@ class Transcript:
     def __getitem__(self, index: int) -> Entry:
         marks = self._marks[index]
         return Entry(
-            Op(self._ops[index]),
+            _OPS[self._ops[index]],
             self._first[index],
             self._second[index],
-            Place(marks & 7),
+            _PLACES[marks & 7],
             bool(marks & _LAST),
             not marks & _UNUSED,
         )
@@ -153,33 +155,34 @@ class Transcript:
     def settle(self) -> None:
         """Mark the last use of every copy and those that have none, then count."""
         self._mark_uses()
-        kept: dict[int, Place] = {}
-        held = {Place.MEMORY: 0, Place.DISK: 0}
-
-        def become(step: int, places: Place) -> None:
-            before = kept.pop(step, Place.NOWHERE)
-            for level in held:
-                held[level] += bool(places & level) - bool(before & level)
-            self.writes += bool(places & ~before & Place.DISK)
-            self.memory_items = max(self.memory_items, held[Place.MEMORY])
-            self.disk_items = max(self.disk_items, held[Place.DISK])
-            if places:
-                kept[step] = places
-
-        for index, entry in enumerate(self):
-            if entry.op is Op.ADVANCE:
-                self.advances += entry.second - entry.first
-            elif entry.needed and entry.op in (Op.KEEP, Op.COPY, Op.LOAD):
-                source = Place.NOWHERE if entry.op is Op.KEEP else entry.source
-                places = kept.get(entry.first, Place.NOWHERE)
-                if entry.op is not Op.LOAD:
-                    places |= entry.place
-                    become(entry.first, places)
-                if source & Place.DISK:
-                    self.reads += 1
-                    self.disk_loads.append(index)
-                if entry.last:
-                    become(entry.first, places & ~source)
+        on_disk, in_memory = int(Place.DISK), int(Place.MEMORY)
+        kept: dict[int, int] = {}
+        memory = disk = 0
+        for index, (op, step, second, marks) in enumerate(
+            zip(self._ops, self._first, self._second, self._marks, strict=True)
+        ):
+            if op == Op.ADVANCE:
+                self.advances += second - step
+            if marks & _UNUSED or op not in (Op.KEEP, Op.COPY, Op.LOAD):
+                continue
+            place, before = marks & 7, kept.get(step, 0)
+            source = 0 if op == Op.KEEP else second if op == Op.COPY else place
+            if source & on_disk:
+                self.reads += 1
+                self.disk_loads.append(index)
+            after = before if op == Op.LOAD else before | place
+            if after != before:
+                self.writes += bool(after & ~before & on_disk)
+                memory += bool(after & in_memory) - bool(before & in_memory)
+                disk += bool(after & on_disk) - bool(before & on_disk)
+                self.memory_items, self.disk_items = max(self.memory_items, memory), max(self.disk_items, disk)
+            left = after & ~source if marks & _LAST else after
+            memory -= bool(after & in_memory) - bool(left & in_memory)
+            disk -= bool(after & on_disk) - bool(left & on_disk)
+            if left:
+                kept[step] = left
+            else:
+                kept.pop(step, None)
 
     def _mark_uses(self) -> None:
         wanted: set[tuple[int, int]] = set()
