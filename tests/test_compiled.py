@@ -152,9 +152,10 @@ def test_storing_overlaps_with_the_steps(library):
 
 def test_the_report_measures_the_overlap(library, scratch):
     model = Wave(library, initial(256))
-    sweep = longtape.Sweep(model, 150, memory="8MiB", disk=scratch)
+    costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    sweep = longtape.Sweep(model, 150, memory="8MiB", disk=scratch, costs=costs)
     sweep.forward()
     model.start_adjoint(150)
     sweep.reverse()
     assert sweep.report.writes > 0
-    assert sweep.report.overlap_fraction > 0.2
+    assert sweep.report.overlap_fraction > 0.1

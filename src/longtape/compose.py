@@ -522,6 +522,8 @@ class Run:
     def _simulated(self, measured: Quantities) -> Quantities | None:
         """The plan replayed with the mean times of this run, unless that would take long beside it."""
         trace, steps = self._trace, self._stock.steps or 0
+        if self._transcript is not None:
+            return None  # the event model runs Longtape's own plan
         if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
             return None
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)

@@ -314,6 +314,22 @@ def test_a_step_that_raises_keeps_its_error_and_says_where():
     assert "for the adjoint of step" in caught.value.__notes__[0]
 
 
+def test_a_model_that_does_not_go_back_to_what_it_was_is_found():
+    class Drifting(Chaotic):
+        """Steps depend on something that no snapshot holds."""
+
+        def advance(self, start, stop):
+            super().advance(start, stop)
+            self.state[0] += 1e-9 * (self.advanced > 20)
+
+    sweep = longtape.Sweep(
+        Drifting(), 20, schedule=library.MultistageCheckpointSchedule(20, 3, 0), memory=900, costs=COSTS, verify=True
+    )
+    sweep.forward()
+    with pytest.raises(longtape.ReplayError, match="step"):
+        sweep.reverse()
+
+
 def test_transcripts_are_small():
     transcript = transcribe(library.MultistageCheckpointSchedule(2000, 10, 0), 2000)
     assert len(transcript) < 6 * 2000
