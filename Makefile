@@ -54,6 +54,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.baselines
 	for what in prediction noise observing; do $(BIN)/python -m benchmarks.$$what || exit; done
 	$(BIN)/python -m benchmarks.devito_acoustic 2d 3d
+	$(BIN)/python -m benchmarks.planning
 	$(BIN)/python -m benchmarks.timeline
 	$(BIN)/python -m benchmarks.figures
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
-from longtape.actions import Key, Kind
+from longtape.actions import Action, Key, Kind
 from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover, Traffic
 from longtape.engine.trace import Trace
@@ -27,8 +27,10 @@ from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.binomial import advances
 from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
+from longtape.plan.transcript import Transcript, transcribe
 from longtape.protocols import Job, Observer, Tier
 from longtape.report import Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
@@ -100,6 +102,8 @@ class Settings:
     """Codec for what goes to storage, used where it is predicted to pay; None: none."""
     stuck_seconds: float = 30.0
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
+    schedule: Any = None
+    """A `checkpoint_schedules.CheckpointSchedule` to follow; None: the quickest plan is chosen."""
 
 
 class Run:
@@ -114,6 +118,8 @@ class Run:
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Any other setting that cannot be honoured.
+        ScheduleError: The given schedule breaks its own rules.
+        StorageError: Storage does not work, and cannot be done without: the given schedule uses it.
     """
 
     def __init__(
@@ -154,6 +160,7 @@ class Run:
                 f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
             )
         self.memory_nbytes = memory
+        self._transcript = self._transcribed()
         try:
             self._tier = self._open_tier()
             self._workers = None if self._tier is None else Workers(self._tier, self._clock)
@@ -166,15 +173,30 @@ class Run:
 
     # Putting it together -----------------------------------------------------------------------
 
+    def _transcribed(self) -> Transcript | None:
+        """The given schedule, checked before anything else is done."""
+        settings, steps = self._settings, self._traits.steps
+        if settings.schedule is None or steps is None:
+            return None
+        if self._codec is not None:
+            raise UsageError("a given schedule says what is stored as it is; leave out compress, or schedule")
+        transcript = transcribe(settings.schedule, steps)
+        if transcript.uses_disk and settings.disk is None and settings.tier is None:
+            raise UsageError(
+                f"{transcript.name} keeps {transcript.disk_items} states on disk; say where, with disk='/scratch'"
+            )
+        return transcript
+
     def _choose(self, measure: Callable[[], JobCosts] | None) -> None:
         """Measure, and choose a plan; the codec is used where the plan gains by it."""
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
         costs = stated or self._measure(job)
-        self.costs, self.choice = (
-            costs,
-            self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes)),
-        )
+        self.costs = costs
+        if self._transcript is not None:
+            self.choice = settle(self._transcript, self._problem(), costs)
+            return
+        self.choice = self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes))
         if self._codec is None or self._tier is None:
             return
         speed = CodecSpeed(1.0, inf, inf, 1.0)  # stated costs are those of items, codec included
@@ -246,6 +268,8 @@ class Run:
 
     def _open_tier(self) -> Tier | None:
         settings = self._settings
+        if self._transcript is not None and not self._transcript.uses_disk:
+            return None
         if settings.tier is not None:
             return settings.tier
         if settings.disk is None:
@@ -259,6 +283,8 @@ class Run:
 
     def _go_without_storage(self, error: OSError) -> None:
         """Storage failed before the run began: recompute within memory instead, and say so."""
+        if self._transcript is not None:
+            raise error
         self._release_storage(_PATIENCE_SECONDS)
         self._tier = self._workers = None
         self._early_faults = (f"storage does not work and is not used: {error}",)
@@ -416,8 +442,12 @@ class Run:
             observers=observers,
             on_fault=self._warn_once,
         )
-        plan = AsynchronousPlan(stock, self._layout())
-        self._executor = Executor(iter(plan), self._job, self._mover, clock=self._clock, observers=observers)
+        self._executor = Executor(self._plan(stock), self._job, self._mover, clock=self._clock, observers=observers)
+
+    def _plan(self, stock: Stock) -> Iterator[Action]:
+        if self._transcript is not None:
+            return iter(ScheduledPlan(stock, self._transcript))
+        return iter(AsynchronousPlan(stock, self._layout()))
 
     def _touch_slots(self) -> None:
         """Have the system provide the memory the sweeps will use, now rather than between two steps."""
@@ -546,7 +576,7 @@ class Run:
         return Report(
             title=self._traits.title,
             steps=steps,
-            schedule=choice.schedule,
+            schedule=choice.schedule if self._transcript is None else self._transcript.name,
             window=choice.window,
             slots=choice.slots,
             memory_budget_bytes=self.memory_nbytes,
@@ -594,6 +624,8 @@ class Run:
     def _simulated(self, measured: Quantities) -> Quantities | None:
         """The plan replayed with the mean times of this run, unless that would take long beside it."""
         trace, steps = self._trace, self._stock.steps or 0
+        if self._transcript is not None:
+            return None  # the event model runs Longtape's own plan
         if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
             return None
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
@@ -704,6 +736,8 @@ def describe(choice: Choice) -> str:
     parts = [f"{choice.schedule}: {choice.slots:,} snapshots in memory"]
     if choice.blocks:
         parts.append(f"{choice.blocks} residual blocks of {choice.window} steps")
+    if choice.schedule == "given" and choice.prediction.writes:
+        parts.append(f"{choice.prediction.writes:,} stored on disk")
     if choice.schedule == "asynchronous":
         parts.append(f"one stored every {choice.spacing:.1f} steps")
     if choice.record_fraction:

@@ -5,8 +5,9 @@
     LongtapeError
     ├── UsageError (ValueError)        what was asked cannot be done as asked
     │   ├── BudgetError                too little memory; says the least that would do
-    │   └── StepError                  a step broke its contract
-    │       └── ReplayError            run again, a step gave something else
+    │   ├── StepError                  a step broke its contract
+    │   │   └── ReplayError            run again, a step gave something else
+    │   └── ScheduleError              a schedule made elsewhere broke its own rules; names the action and the step
     ├── StorageError (OSError)         a tier could not do what was asked
     │   ├── StorageFull                no space left, or the stated limit is reached
     │   └── DamagedBlock               a block that was read is not what was written
@@ -53,6 +54,10 @@ class ReplayError(StepError):
         super().__init__(message)
         self.step = step
         self.leaf = leaf
+
+
+class ScheduleError(UsageError):
+    """A checkpointing schedule made elsewhere broke its own rules, or ended before its work was done."""
 
 
 class StorageError(LongtapeError, OSError):

@@ -141,6 +141,7 @@ class _InPlaceJob:
     def reset(self, initial: list[Array]) -> None:
         for array, kept in zip(self.model.state, initial, strict=True):
             np.copyto(array, kept, casting="no")
+        self._step = 0
 
     may_end = False
     """Whether it is the model that says where the sequence ends: in the forward sweep of a length not known."""
@@ -380,9 +381,13 @@ class Sweep:
             ``"bitshuffle+lz4"`` or ``"bitshuffle+zstd"``.  ``"relative:1e-4+bitshuffle+zstd"`` is lossy:
             it first rounds floating-point numbers, each by at most that share of its size, and the
             adjoint is no longer exact.
+        schedule: A `checkpoint_schedules.CheckpointSchedule` to follow, fresh; it is read and
+            checked here, and used up.  What it keeps on disk is written and fetched in the
+            background.  None: the quickest plan for the budget is chosen.
 
     Raises:
-        BudgetError: `memory` cannot hold one state.
+        BudgetError: `memory` cannot hold one state, or what the schedule keeps in memory.
+        ScheduleError: The schedule breaks its own rules; says at which action and step.
         UsageError: Any other argument that cannot be honoured.
 
     Example::
@@ -408,6 +413,7 @@ class Sweep:
         verify: bool = False,
         stuck_seconds: float = 30.0,
         compress: str | None = None,
+        schedule: Any = None,
     ) -> None:
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise UsageError(f"steps must be an integer of at least 1, or None, not {steps!r}")
@@ -427,7 +433,7 @@ class Sweep:
         span = 1 if out_of_place else getattr(model, "max_reverse", 1)
         if not isinstance(span, int) or span < 1:
             raise UsageError(f"model.max_reverse must be an integer of at least 1, not {span!r}")
-        by_rows = not out_of_place and not records and span == 1 and self._steps_are_tiny(measured)
+        by_rows = schedule is None and not out_of_place and not records and span == 1 and self._steps_are_tiny(measured)
         traits = Traits(
             title=type(model).__name__,
             steps=steps,
@@ -449,6 +455,7 @@ class Sweep:
             costs=costs,
             stuck_seconds=stuck_seconds,
             compress=compress,
+            schedule=schedule,
         )
         self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
         if by_rows:
