@@ -18,7 +18,7 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable '.[torch,cli,dev]'
+	    --constraint constraints.txt --editable '.[torch,jax,cli,dev]'
 	touch $@
 
 demo: venv
