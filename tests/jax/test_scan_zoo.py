@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-jax = pytest.importorskip("jax")
+pytest.importorskip("jax")
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -98,7 +99,10 @@ CASES: dict[str, Case] = {
     "no parameters": (lambda w, c, x: (jnp.sin(c) * x, None), (), VECTOR, XS),
     "identity": (lambda w, c, x: (c, x * w), VECTOR, VECTOR, XS),
     "pytrees": (
-        lambda w, c, x: ({"a": jnp.tanh(w["m"] @ c["a"]), "b": [c["b"][0] * x["u"] + w["v"]]}, (c["b"][0], {"z": x["u"]})),
+        lambda w, c, x: (
+            {"a": jnp.tanh(w["m"] @ c["a"]), "b": [c["b"][0] * x["u"] + w["v"]]},
+            (c["b"][0], {"z": x["u"]}),
+        ),
         {"m": SQUARE, "v": VECTOR},
         {"a": VECTOR, "b": [VECTOR]},
         {"u": XS},

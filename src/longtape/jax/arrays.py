@@ -34,6 +34,8 @@ def is_inexact(leaf: Any) -> bool:
 
 def raw(leaf: Any) -> Any:
     """The plain numbers of a leaf."""
+    if not hasattr(leaf, "dtype"):  # a literal of a jaxpr
+        return jnp.asarray(leaf)
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
@@ -91,7 +93,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
 
 def given(array: Array) -> jax.Array:
     """A NumPy array as a JAX array; it must not be written to afterwards."""
-    return jax.device_put(array, may_alias=True)
+    result: jax.Array = jax.device_put(array, may_alias=True)
+    return result
 
 
 def rows(stack: Array, start: int, count: int, most: int) -> Array:

@@ -56,7 +56,7 @@ class Chunks:
         self.y_bars = [kind for kind in self.y if is_inexact(kind.typed)]
         self.const_bars = [kind for kind, wanted in zip(self.consts, wanted_consts or [], strict=False) if wanted]
         self.x_bars = [kind for kind, wanted in zip(self.x, wanted_x, strict=True) if wanted]
-        self.residual_nbytes = sum(kind.nbytes for kind in self.kept)
+        self.residual_nbytes: int = sum(kind.nbytes for kind in self.kept)
         widest = max(self.residual_nbytes, sum(k.nbytes for k in self.x), sum(k.nbytes for k in self.y), 1)
         room = min(CHUNK_NBYTES, max(1, most_nbytes))
         self.size = min(LONGEST, 1 << max(0, (room // widest).bit_length() - 1))

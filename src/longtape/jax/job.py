@@ -268,7 +268,7 @@ class LoopJob:
             [None] * len(chunks.y_bars),
             [np.zeros(k.shape, k.dtype) for k in chunks.stacks(chunks.x_bars)],
         )
-        taken = count
+        taken: int = count
 
         def advance() -> float:
             nonlocal taken

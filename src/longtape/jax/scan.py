@@ -211,7 +211,7 @@ class _Call:
 
         def call(inputs: list[Any]) -> Sequence[Any]:
             _refuse_forward_mode(inputs)
-            return loop(*inputs)  # type: ignore[no-any-return]
+            return loop(*inputs)
 
         return call
 
@@ -378,16 +378,8 @@ class _Pending:
         flags = self._call.parts(self._perturbed)
         result: list[Any] = [None] * len(condition)
         for leaves, wanted in ((consts, flags[1]), (init, [True] * len(init)), (xs, flags[3])):
-            result += [
-                next(found) if w and is_inexact(leaf_type(leaf)) else None
-                for leaf, w in zip(leaves, wanted, strict=True)
-            ]
+            result += [next(found) if w and is_inexact(leaf) else None for leaf, w in zip(leaves, wanted, strict=True)]
         return result
-
-
-def leaf_type(leaf: Any) -> Any:
-    """The type of an array, or of a number."""
-    return jax.typeof(leaf)
 
 
 jax.tree_util.register_pytree_node(_Pending, lambda pending: ((), pending), lambda pending, _: pending)

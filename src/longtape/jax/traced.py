@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from longtape.errors import StepError
@@ -59,7 +60,7 @@ class Traced:
     def __init__(self, call: Callable[..., Any], arguments: Sequence[Any], primitive: str) -> None:
         with jax.disable_jit(False):
             self._outer, shapes = jax.make_jaxpr(call, return_shape=True)(*arguments)
-        self._leaves = jax.tree.leaves(tuple(arguments))
+        self._leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(tuple(arguments))]
         self._structure = jax.tree.structure(shapes)
         jaxpr = self._outer.jaxpr
         found = [index for index, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name == primitive]
