@@ -55,7 +55,7 @@ MODELS = {"mlp_ode": (mlp_ode, STATE_NBYTES), "lorenz96": (lorenz, LORENZ_NBYTES
 
 
 def run(model: str, way: str, steps: int, memory: int, disk: str) -> dict[str, Any]:
-    """Value and gradient through `steps` steps, once compiled: seconds, growth of the resident size, what was planned."""
+    """Value and gradient through `steps` steps, once compiled: seconds, growth of the resident size, the plan."""
     os.environ["XLA_FLAGS"] = ONE_THREAD
     import equinox.internal as eqxi
     import jax

@@ -1,9 +1,9 @@
-"""Where did the wave come from?  The source of a tsunami from tide gauges, by 4D-Var through the shallow-water equations.
+"""Where did the wave come from?  The source of a tsunami from tide gauges, by 4D-Var through shallow water.
 
-The sea surface at time 0 is unknown; two dozen gauges along the coast record how high the water stands.  The gradient of
-the misfit with respect to every point of the first sea surface comes from one reverse sweep through all steps of the
-model, `longtape.jax.scan`, and L-BFGS does the rest.  ``--short`` is a small version for tests; ``--picture`` says
-where to draw.
+The sea surface at time 0 is unknown; two dozen gauges along the coast record how high the water stands.  The
+gradient of the misfit with respect to every point of the first sea surface comes from one reverse sweep through all
+steps of the model, `longtape.jax.scan`, and L-BFGS does the rest.  ``--short`` is a small version for tests;
+``--picture`` says where to draw.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
@@ -94,6 +95,14 @@ class Settings:
     """Times to plan with; measured on the job when None."""
     stuck_seconds: float = 30.0
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the caller of a scan wants to be told."""
+
+    on_plan: Callable[[Choice], None] | None
+    on_report: Callable[[Run], None] | None
 
 
 class Run:
@@ -569,6 +578,16 @@ def _total(traffic: Iterable[Traffic]) -> Traffic:
         total.seconds += moved.seconds
         total.failures += moved.failures
     return total
+
+
+@contextmanager
+def closed_if_it_fails(run: Run) -> Iterator[None]:
+    """Give the run up when what is done with it raises."""
+    try:
+        yield
+    except BaseException:
+        run.close()
+        raise
 
 
 def _warn(message: str) -> None:

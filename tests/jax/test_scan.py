@@ -288,7 +288,7 @@ class TestCompany:
     def test_an_equinox_module_trained_with_optax(self) -> None:
         def train(scan: Any) -> Any:
             cell = eqx.nn.GRUCell(5, 5, key=jax.random.key(2))
-            optimiser = optax.adam(1e-2)
+            optimiser = optax.sgd(1e-2)
             state = optimiser.init(eqx.filter(cell, eqx.is_array))
             losses = []
             for _ in range(3):
@@ -322,12 +322,9 @@ class TestCompany:
             (y, _), _ = scan(one, (y0, state), dt * jnp.arange(steps))
             return y.sum()
 
-        def whole(y0: Any, k: Any) -> Any:
-            end = steps * dt
-            return diffrax.diffeqsolve(term, solver, 0.0, end, dt, y0, k).ys[-1].sum()
-
-        found = jax.grad(final, (1, 2))(mine, C, 0.7)
-        assert_same(found, jax.grad(whole, (0, 1))(C, 0.7), rtol=1e-4)
+        whole = diffrax.diffeqsolve(term, solver, 0.0, steps * dt, dt, C, 0.7).ys[-1].sum()
+        value, found = jax.value_and_grad(final, (1, 2))(mine, C, 0.7)
+        assert float(value) == pytest.approx(float(whole), rel=1e-5)
         assert_same(found, jax.grad(final, (1, 2))(lax.scan, C, 0.7))
 
 

@@ -208,8 +208,8 @@ def test_gradients_are_those_of_lax_scan(name: str, expected: Any) -> None:
     _assert_close(gradients, wanted)
 
 
-@pytest.mark.parametrize("memory", [1000, 3000, "8KiB"])
-@pytest.mark.parametrize("name", ["lstm", "rk4", "integers", "random keys", "cond"])
+@pytest.mark.parametrize("memory", [1000, "6KiB"])
+@pytest.mark.parametrize("name", ["lstm", "integers", "random keys", "cond"])
 def test_so_are_those_of_tight_budgets(name: str, memory: int | str, expected: Any, scratch: Path) -> None:
     plans: list[Run] = []
     for disk in None, scratch:

@@ -161,7 +161,8 @@ class Chunks:
         return [] if loop.condition is None else [Kind(a).raw for a in loop.condition.in_avals[: loop.condition_consts]]
 
     def _compile(self, function: Any, types: tuple[Any, ...], donated: tuple[int, ...]) -> Any:
-        return compiled(function, types, donated, shared=self._shared)
+        weak = tuple(aval.weak_type for aval in self.loop.step.out_avals if hasattr(aval, "weak_type"))
+        return compiled(function, types, donated, weak, shared=self._shared)
 
     def _ahead(self, *, ys: bool) -> tuple[Any, ...]:
         return (

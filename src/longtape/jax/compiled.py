@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 MOST_KEPT = 256
@@ -22,21 +23,25 @@ _kept: OrderedDict[Any, Any] = OrderedDict()
 _lock = threading.Lock()
 
 
-def compiled(function: Callable[..., Any], types: tuple[Any, ...], donated: tuple[int, ...], *, shared: bool) -> Any:
+def compiled(
+    function: Callable[..., Any], types: tuple[Any, ...], donated: tuple[int, ...], results: Any, *, shared: bool
+) -> Any:
     """A function compiled for arguments of these types.
 
     Args:
         function: To be compiled.
         types: Pytrees of `jax.ShapeDtypeStruct`, one an argument.
         donated: Which arguments the compiled function takes the memory of.
+        results: Whatever distinguishes its results beside the text, such as weak types; hashable.
         shared: Whether the text says all that the function does.
     """
     lowered = jax.jit(function, donate_argnums=donated, keep_unused=True).lower(*types)
     if not shared:
         return lowered.compile()
-    # Weak types are no part of the text, and the results have them.
-    weak = tuple(leaf.weak_type for leaf in jax.tree.leaves(lowered.out_info) if hasattr(leaf, "weak_type"))
-    key = lowered.as_text(), jax.tree.structure(lowered.out_info), weak, jax.tree.structure(types)
+    # What is no part of the text: how arguments and results are nested, weak types, and where to run.
+    weak = tuple(getattr(leaf, "weak_type", False) for leaf in jax.tree.leaves(types))
+    nested = jax.tree.structure(types), jax.tree.structure(lowered.out_info)
+    key = lowered.as_text(), nested, weak, results, frozenset(jnp.zeros(()).devices())
     with _lock:
         if key in _kept:
             _kept.move_to_end(key)

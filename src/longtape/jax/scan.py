@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from longtape.compose import Run, Settings, Traits
+from longtape.compose import Hooks, Run, Settings, Traits, closed_if_it_fails
 from longtape.errors import UsageError
 from longtape.jax.arrays import Kind, empty, given, host, is_inexact, raw
 from longtape.jax.chunks import Chunks
@@ -34,14 +32,6 @@ from longtape.sizes import parse_bytes
 
 CHUNK_SHARE = 8
 """A chunk's residuals take at most this part of the memory budget, unless a single step takes more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the caller wants to be told."""
-
-    on_plan: Callable[[Choice], None] | None
-    on_report: Callable[[Run], None] | None
 
 
 def scan(
@@ -340,7 +330,7 @@ class _Pending:
             return self._call.parts(self._inputs)[2]
         run, job = self._call.begin(self._chunks, self._inputs)
         weakref.finalize(self, run.close)
-        with _closed_if_it_fails(run):
+        with closed_if_it_fails(run):
             self._call.tell_plan(run)
             run.forward()
         self._run = run, job
@@ -364,7 +354,7 @@ class _Pending:
         ys_bar = [None if bar is None else call.in_order(host(bar)) for bar in known[split:]]
         steps = 0 if job.steps is None else job.steps
         xs_bar = [empty((steps, *kind.shape), kind.dtype) for kind in chunks.x_bars]
-        with _closed_if_it_fails(run):
+        with closed_if_it_fails(run):
             job.begin_reverse(known[:split], ys_bar, [call.in_order(stack) for stack in xs_bar])
             run.reverse()
         const_bars, carry_bar = job.end_reverse()
@@ -387,15 +377,6 @@ jax.tree_util.register_pytree_node(_Pending, lambda pending: ((), pending), lamb
 
 def _or_none(bar: Any) -> Any:
     return None if isinstance(bar, SymbolicZero) else bar
-
-
-@contextmanager
-def _closed_if_it_fails(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        run.close()
-        raise
 
 
 def _tracers(leaves: list[Any]) -> list[str]:
