@@ -137,7 +137,7 @@ REPEATS_UP_TO = 16_000
 
 
 def part(name: str, *, quick: bool, repeats: int, disk: str) -> dict[str, Any]:
-    memory = (8 << 20 if quick else MEMORY) if name == "mlp_ode" else (1 << 20 if quick else 16 << 20)
+    memory = MEMORY if not quick else 8 << 20 if name == "mlp_ode" else 1 << 20
     results: dict[str, Any] = {}
     taken: dict[tuple[str, int], list[Any]] = {}
     for repeat in range(repeats):

@@ -25,6 +25,9 @@ import longtape.jax as lt
 from longtape.compose import Run
 from longtape.errors import BudgetError, StepError, UsageError
 from longtape.jax import compiled
+from longtape.plan.costs import Costs
+from longtape.testing.tiers import DamagingTier, FailingTier
+from longtape.tiers.memory import MemoryTier
 
 W = jax.random.normal(jax.random.key(0), (5, 5)) / 3
 C = jnp.linspace(-1.0, 1.0, 5)
@@ -223,6 +226,75 @@ class TestReleases:
         assert report.measured.peak_memory_bytes <= 2000
 
 
+class TestStorage:
+    """Windows are recorded or not as stated costs have it, and gradients are the same."""
+
+    COSTS = Costs(1e-3, 3e-3, 1.1e-3, 1e-3, 1e9, 1e9, 1e-5, 1e-5)
+
+    @staticmethod
+    def grad(scan: Callable[..., Any]) -> Any:
+        def loss(w: Any, c: Any) -> Any:
+            last, ys = scan(lambda c, x: (jnp.tanh(w * c + x * 0.01), c.sum()), c, jnp.arange(1000.0) / 1000)
+            return last.sum() + (ys**2).sum()
+
+        return jax.grad(loss, (0, 1))(C * 0 + 1.1, C)
+
+    @pytest.mark.parametrize("memory", [300, 2000, 20_000, 100_000])
+    def test_recorded_windows(self, memory: int, scratch: Path) -> None:
+        runs: list[Run] = []
+        found = self.grad(lambda *a: lt.scan(*a, memory=memory, disk=scratch, costs=self.COSTS, on_report=runs.append))
+        assert_same(found, self.grad(lax.scan), rtol=0.0)
+        assert runs[0].report.steps_recorded > 0
+        assert runs[0].report.measured.peak_memory_bytes <= memory
+
+    @pytest.mark.parametrize("memory", [2000, 20_000, 100_000])
+    @pytest.mark.parametrize("damaged", [False, True])
+    def test_storage_that_fails(self, memory: int, damaged: bool) -> None:
+        def unlucky(call: Any) -> bool:
+            return call.operation != "release" and call.key.step > 0 and call.index % 3 == 1
+
+        memory_tier = MemoryTier()
+        tier: Any = DamagingTier(memory_tier, unlucky, detected=True) if damaged else FailingTier(memory_tier, unlucky)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = self.grad(lambda *a: lt.scan(*a, memory=memory, tier=tier, costs=self.COSTS))
+        assert_same(found, self.grad(lax.scan), rtol=0.0)
+
+    def test_recorded_windows_of_a_loop_of_unknown_length(self, scratch: Path) -> None:
+        runs: list[Run] = []
+
+        def mine(c: Any) -> Any:
+            state = lt.while_loop(
+                lambda s: s[0] < 1003,
+                lambda s: (s[0] + 1, jnp.tanh(1.1 * s[1] + 0.01)),
+                (0, c),
+                memory=20_000,
+                disk=scratch,
+                costs=self.COSTS,
+                on_report=runs.append,
+            )
+            return state[1].sum()
+
+        def true(c: Any) -> Any:
+            return lax.scan(lambda c, _: (jnp.tanh(1.1 * c + 0.01), None), c, None, 1003)[0].sum()
+
+        assert_same(jax.grad(mine)(C), jax.grad(true)(C), rtol=1e-6)
+        assert runs[0].report.steps == 1003
+        assert runs[0].report.steps_recorded > 0
+
+    def test_functions_that_differ_only_in_their_constants(self) -> None:
+        """Compiled code is kept by its text, so the text must say all, or not be asked."""
+        for constant in np.float32([1, 2, 3, 4, 5]), np.float32([5, 4, 3, 2, 1]):
+            for number in 0.1, 0.2:
+
+                def grad(scan: Any, constant: Any = constant, number: float = number) -> Any:
+                    return jax.grad(
+                        lambda c: scan(lambda c, _: (jnp.tanh(c * constant / 5 + number), None), c, None, 20)[0].sum()
+                    )(C)
+
+                assert_same(grad(lambda *a: lt.scan(*a, memory="4KiB")), grad(lax.scan), rtol=0.0)
+
+
 class TestWhileLoop:
     @staticmethod
     def grad(loop: Callable[..., Any], w: Any, c: Any, limit: float) -> Any:
@@ -266,13 +338,15 @@ class TestWhileLoop:
         steps_run = [int(step) for step in order.split(",")]
         steps = max(steps_run) + 1
         runs: list[Run] = []
+        first = jnp.linspace(-1.0, 1.0, 1000)
 
         def loss(c: Any) -> Any:
             state = lt.while_loop(
                 lambda s: s[0] < steps,
                 lambda s: (s[0] + 1, jnp.sin(s[1])),
                 (0, c),
-                memory=84 * max(1, slots - 1),  # here state 0 takes no slot; the second leaf starts at byte 64
+                # Here state 0 takes no slot; the array starts at byte 64, and blocks have a head of as many bytes.
+                memory=(64 + first.nbytes + 64) * max(1, slots - 1),
                 on_report=runs.append,
             )
             return state[1].sum()
@@ -280,7 +354,7 @@ class TestWhileLoop:
         def plain(c: Any) -> Any:
             return lax.fori_loop(0, steps, lambda _, c: jnp.sin(c), c).sum()
 
-        assert_same(jax.grad(loss)(C), jax.grad(plain)(C))
+        assert_same(jax.grad(loss)(first), jax.grad(plain)(first))
         assert runs[0].report.measured.steps_recomputed <= len(steps_run) - steps
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from longtape.compose import Hooks, Run, Settings, Traits, closed_if_it_fails
+from longtape.compose import ALIGNMENT, PADDED_FROM, Hooks, Run, Settings, Traits, closed_if_it_fails
 from longtape.errors import UsageError
 from longtape.jax.arrays import Kind, empty, given, host, is_inexact, raw
 from longtape.jax.chunks import Chunks
@@ -282,7 +282,8 @@ class _Call:
         steps = self._steps if has_storage else self.count(chunks, inputs)
         job = self.job(chunks, inputs, steps)
         state = max(1, job.fields.nbytes)
-        room = parse_bytes(settings.memory) - state - job.head_nbytes - 4096
+        padding = ALIGNMENT if state >= PADDED_FROM else 0
+        room = parse_bytes(settings.memory) - state - padding - job.head_nbytes
         records = room >= job.stride_nbytes
         notes = () if records else ("memory holds no residuals beside a carry: steps are run again one by one",)
         costs = job.measure() if settings.costs is None and state <= parse_bytes(settings.memory) else None
