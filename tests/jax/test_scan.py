@@ -23,7 +23,7 @@ from jax.test_util import check_grads
 
 import longtape.jax as lt
 from longtape.compose import Run
-from longtape.errors import BudgetError, StepError, UsageError
+from longtape.errors import BudgetError, ReplayError, StepError, UsageError
 from longtape.jax import compiled
 from longtape.plan.costs import Costs
 from longtape.testing.tiers import DamagingTier, FailingTier
@@ -281,6 +281,24 @@ class TestStorage:
         assert_same(jax.grad(mine)(C), jax.grad(true)(C), rtol=1e-6)
         assert runs[0].report.steps == 1003
         assert runs[0].report.steps_recorded > 0
+
+    def test_states_are_verified(self, scratch: Path) -> None:
+        runs: list[Run] = []
+        found = self.grad(lambda *a: lt.scan(*a, memory=600, disk=scratch, verify=True, on_report=runs.append))
+        assert_same(found, self.grad(lax.scan))
+        assert (runs[0].report.states_verified or 0) > 100
+
+    def test_a_step_that_does_something_else_each_time(self) -> None:
+        calls = iter(range(1_000_000))
+
+        def drifting(carry: Any, _: Any) -> Any:
+            noise = jax.pure_callback(
+                lambda: np.float32(next(calls) * 1e-3), jax.ShapeDtypeStruct((), jnp.float32), vmap_method="sequential"
+            )
+            return {"speed": jnp.tanh(carry["speed"] + noise)}, None
+
+        with pytest.raises(ReplayError, match=r"does not do the same.*\['speed'\]"):
+            jax.grad(lambda c: lt.scan(drifting, {"speed": c}, None, 30, memory=100, verify=True)[0]["speed"].sum())(C)
 
     def test_functions_that_differ_only_in_their_constants(self) -> None:
         """Compiled code is kept by its text, so the text must say all, or not be asked."""

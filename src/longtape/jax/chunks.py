@@ -36,7 +36,7 @@ class Chunks:
         loop: What to run.
         wanted_consts: Which consts get a cotangent; None: no cotangents are wanted at all.
         wanted_x: Which leaves of x do.
-        most_nbytes: Most bytes of residuals a chunk may have, if it is to have more than one step.
+        most_nbytes: Most bytes of residuals a chunk may have, if it is to have more than one step; 0: it has one.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Chunks:
         self.x_bars = [kind for kind, wanted in zip(self.x, wanted_x, strict=True) if wanted]
         self.residual_nbytes: int = sum(kind.nbytes for kind in self.kept)
         widest = max(self.residual_nbytes, sum(k.nbytes for k in self.x), sum(k.nbytes for k in self.y), 1)
-        room = min(CHUNK_NBYTES, max(1, most_nbytes))
+        room = min(CHUNK_NBYTES, most_nbytes)
         self.size = min(LONGEST, 1 << max(0, (room // widest).bit_length() - 1))
         self._shared = says_all(loop.step, loop.condition)
 

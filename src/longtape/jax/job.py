@@ -21,6 +21,7 @@ from longtape.jax.chunks import Chunks
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Slot
+from longtape.witness import Witness
 
 _LEAST_SECONDS = 2e-3
 """Shorter times are measured more than once."""
@@ -304,6 +305,65 @@ class LoopJob:
         return JobCosts(
             forward=forward, reverse=recorded + pulled, record=recorded, pull_back=pulled, busy=busy, restore=restore
         )
+
+
+class VerifiedLoopJob(LoopJob):
+    """A loop whose states are compared with what they were the first time, bit for bit.
+
+    Its chunks must have one step each, so that every state passes here.
+    """
+
+    _witness: Witness | None = None
+    _loaded = True
+
+    def watch(self, names: Sequence[str]) -> None:
+        """Compare from now on.
+
+        Args:
+            names: What the leaves of the carry are called.
+        """
+        self._witness = Witness(names.__getitem__)
+
+    @property
+    def states_verified(self) -> int:
+        """States that came out the same when they were computed again or fetched."""
+        return 0 if self._witness is None else self._witness.compared
+
+    def _see(self, state: int, *, kept: bool = False) -> None:
+        if self._witness is not None:
+            leaves = [host(leaf).reshape(-1).view(np.uint8) for leaf in self.carry]
+            self._witness.see(state, leaves, kept=kept)
+
+    def _see_loaded(self, start: int) -> None:
+        if self._loaded:
+            self._loaded = False
+            self._see(start, kept=True)
+
+    def _settled(self, first: int, count: int, reached: Any) -> int:
+        state = super()._settled(first, count, reached)
+        if state > first:
+            self._see(state)
+        return state
+
+    def load(self, slot: Slot) -> None:
+        super().load(slot)
+        self._loaded = True
+
+    def load_initial(self) -> None:
+        super().load_initial()
+        self._loaded = True
+
+    def advance(self, start: int, stop: int) -> int:
+        self._see_loaded(start)
+        return super().advance(start, stop)
+
+    def record(self, start: int, stop: int, slot: Slot) -> int:
+        self._see_loaded(start)
+        return super().record(start, stop, slot)
+
+    def reverse(self, start: int, stop: int) -> None:
+        self._see_loaded(start)
+        super().reverse(start, stop)
 
 
 def _least(measure: Callable[[], float], steps: int) -> float:

@@ -23,7 +23,7 @@ from longtape.compose import ALIGNMENT, PADDED_FROM, Hooks, Run, Settings, Trait
 from longtape.errors import UsageError
 from longtape.jax.arrays import Kind, empty, given, host, is_inexact, raw
 from longtape.jax.chunks import Chunks
-from longtape.jax.job import LoopJob
+from longtape.jax.job import LoopJob, VerifiedLoopJob
 from longtape.jax.traced import Traced
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
@@ -49,6 +49,8 @@ def scan(
     costs: Costs | None = None,
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
+    verify: bool = False,
+    stuck_seconds: float = 30.0,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan`, so that gradients through it fit in `memory`.
 
@@ -76,6 +78,9 @@ def scan(
         costs: Times to plan with; measured on the first steps when None.
         on_plan: Called with the chosen plan before the forward sweep.
         on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        verify: Compare every state that is computed again, or fetched, with what it was the first
+            time, bit for bit.  Steps then run one by one, and take a hash and 8 bytes a leaf more.
+        stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
 
     Returns:
         The final carry, and the stacked ys.
@@ -85,8 +90,9 @@ def scan(
         BudgetError: `memory` is less than one carry.
         StepError: `f` has side effects.
         UsageError: A derivative is taken within `jax.jit` or `jax.vmap`, in forward mode, or a second time.
+        ReplayError: A step gave something else when it was run again, and `verify` is set.
     """
-    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs)
+    settings = Settings(memory, disk, disk_limit, tuple(observers), tier, costs, stuck_seconds)
     parse_bytes(memory)
 
     def call(init: Any, xs: Any) -> Any:
@@ -97,7 +103,9 @@ def scan(
     traced = Traced(call, (init, xs), "scan")
     name = getattr(f, "__name__", type(f).__name__)
     steps = traced.eqn.params["length"]
-    return _Call(traced, f"scan of {name}", settings, Hooks(on_plan, on_report), steps, reverse=reverse).run()  # type: ignore[no-any-return]
+    hooks, names = Hooks(on_plan, on_report), _names(init) if verify else None
+    result = _Call(traced, f"scan of {name}", settings, hooks, steps, reverse=reverse, names=names).run()
+    return result  # type: ignore[no-any-return]
 
 
 def while_loop(
@@ -114,6 +122,8 @@ def while_loop(
     costs: Costs | None = None,
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
+    verify: bool = False,
+    stuck_seconds: float = 30.0,
 ) -> Any:
     """`jax.lax.while_loop` with reverse-mode derivatives, in a memory budget.
 
@@ -133,6 +143,8 @@ def while_loop(
         costs: Times to plan with.
         on_plan: Called with the chosen plan.
         on_report: Called with the run after each reverse sweep.
+        verify: Compare states with what they were.
+        stuck_seconds: Wait no longer than this for storage.
 
     Returns:
         The final carry.
@@ -144,7 +156,7 @@ def while_loop(
     """
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise UsageError(f"max_steps must be an integer of at least 0, not {max_steps!r}")
-    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier, costs=costs)
+    settings = Settings(memory, disk, disk_limit, tuple(observers), tier, costs, stuck_seconds)
     parse_bytes(memory)
 
     def call(init: Any) -> Any:
@@ -152,7 +164,14 @@ def while_loop(
 
     traced = Traced(call, (init_val,), "while")
     name = getattr(body_fun, "__name__", type(body_fun).__name__)
-    return _Call(traced, f"while_loop of {name}", settings, Hooks(on_plan, on_report), None, most=max_steps).run()
+    hooks, names = Hooks(on_plan, on_report), _names(init_val) if verify else None
+    return _Call(traced, f"while_loop of {name}", settings, hooks, None, most=max_steps, names=names).run()
+
+
+def _names(carry: Any) -> list[str]:
+    """What to call each leaf of a carry: its key path."""
+    found, _ = jax.tree_util.tree_flatten_with_path(carry)
+    return ["carry" + jax.tree_util.keystr(path) for path, _ in found]
 
 
 def _is_empty(xs: Any, length: Any) -> bool:
@@ -174,7 +193,9 @@ class _Call:
         *,
         reverse: bool = False,
         most: int | None = None,
+        names: list[str] | None = None,
     ) -> None:
+        self._names = names
         self._traced, self._title, self._settings, self._hooks = traced, title, settings, hooks
         self._steps, self._reverse, self._most = steps, reverse, most
         loop = traced.loop
@@ -215,6 +236,7 @@ class _Call:
         """The compiled loop; without derivatives if nothing says what they are of."""
         loop = self._traced.loop
         most = parse_bytes(self._settings.memory) // CHUNK_SHARE
+        most = most if self._names is None else 0
         if perturbed is None:
             return Chunks(loop, None, [False] * len(loop.inputs[2]), most)
         _, consts, _, xs = self.parts(perturbed)
@@ -228,7 +250,8 @@ class _Call:
         """The loop on these arrays."""
         condition, consts, init, xs = [[raw(leaf) for leaf in part] for part in self.parts(inputs)]
         views = [self.in_order(host(stack)) for stack in xs]
-        return LoopJob(chunks, condition, consts, init, views, steps, self._most)
+        kind = LoopJob if self._names is None else VerifiedLoopJob
+        return kind(chunks, condition, consts, init, views, steps, self._most)
 
     def in_order(self, stack: Any) -> Any:
         """A stack as the steps go through it, and back."""
@@ -288,6 +311,8 @@ class _Call:
         notes = () if records else ("memory holds no residuals beside a carry: steps are run again one by one",)
         costs = job.measure() if settings.costs is None and state <= parse_bytes(settings.memory) else None
         job.load_initial()
+        if isinstance(job, VerifiedLoopJob) and self._names is not None:
+            job.watch(self._names)
         traits = Traits(
             title=self._title,
             steps=steps,
