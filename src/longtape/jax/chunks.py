@@ -75,7 +75,8 @@ class Chunks:
         if loop.condition is None:
             return lambda carry: True
         test = core.jaxpr_as_fun(loop.condition)
-        return lambda carry: test(*condition, *carry)[0]
+        typed = self._typed([Kind(aval) for aval in loop.condition.in_avals[: loop.condition_consts]], condition)
+        return lambda carry: test(*typed, *carry)[0]
 
     def _sweep(self, condition: Leaves, carry: Leaves, stacks: Leaves, count: Any, step: Any) -> Any:
         """Up to `count` steps; returns how many, the carry and the filled stacks."""
