@@ -11,7 +11,8 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
 from math import ceil, inf
 from typing import Any
 
@@ -91,6 +92,7 @@ class Settings:
     """What the user asked for."""
 
     memory: int | str
+    _: KW_ONLY
     disk: str | os.PathLike[str] | None = None
     disk_limit: int | str | None = None
     observers: Sequence[Observer] = ()
@@ -104,6 +106,14 @@ class Settings:
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
     schedule: Any = None
     """A `checkpoint_schedules.CheckpointSchedule` to follow; None: the quickest plan is chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the caller of a scan wants to be told."""
+
+    on_plan: Callable[[Choice], None] | None
+    on_report: Callable[[Run], None] | None
 
 
 class Run:
@@ -715,6 +725,16 @@ def refuse_lossy_verification(compress: str | None) -> None:
     """
     if compress is not None and parse_codec(compress).bound is not None:
         raise UsageError(f"verify=True compares bit for bit, and compress={compress!r} rounds; leave one out")
+
+
+@contextmanager
+def closed_if_it_fails(run: Run) -> Iterator[None]:
+    """Give the run up when what is done with it raises."""
+    try:
+        yield
+    except BaseException:
+        run.close()
+        raise
 
 
 def _warn(message: str) -> None:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from longtape.compose import Run, Settings, Traits, refuse_lossy_verification
+from longtape.compose import Hooks, Run, Settings, Traits, closed_if_it_fails, refuse_lossy_verification
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
@@ -38,14 +37,6 @@ _MANY_STEPS = 1 << 20
 
 MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the caller wants to be told."""
-
-    on_plan: Callable[[Choice], None] | None
-    on_report: Callable[[Run], None] | None
 
 
 def scan(
@@ -312,7 +303,7 @@ class Call:
             )
             run = Run(job, traits, self._settings, measure=lambda: costs)
             pending = _Pending(run, job)
-            with _closed_if_it_fails(run):
+            with closed_if_it_fails(run):
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
@@ -349,7 +340,7 @@ class Call:
         job = pending.job
         first, second = len(self.init), len(self.init) + len(self.inputs.stacked)
         ambient = self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext()
-        with self._around(job), ambient, _closed_if_it_fails(pending.run):
+        with self._around(job), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
@@ -364,15 +355,6 @@ class _Pending:
     def __init__(self, run: Run, job: ScanJob) -> None:
         self.run, self.job = run, job
         weakref.finalize(self, run.close)
-
-
-@contextmanager
-def _closed_if_it_fails(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        run.close()
-        raise
 
 
 class _Scan(torch.autograd.Function):
