@@ -1,4 +1,5 @@
 # make demo    see it work: trains a small character model through a long sequence
+# make demo-jax  the same in JAX: finds the source of a tsunami from tide gauges
 # make test    every check: lint, format, types, import layers, tests
 # make bench   the measured figures of the README (long; needs a quiet machine)
 # Each needs only Python 3.11 or newer with pip, and make.
@@ -8,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 BENCH_STAMP := .venv/installed-bench
 
-.PHONY: help venv demo test lint types layers pytest format bench clean
+.PHONY: help venv demo demo-jax test lint types layers pytest format bench clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -18,11 +19,14 @@ venv: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint constraints.txt --editable '.[torch,cli,devito,dev]' scipy
+	    --constraint constraints.txt --editable '.[torch,jax,cli,devito,dev]' scipy
 	touch $@
 
 demo: venv
 	$(BIN)/python examples/char_lstm.py
+
+demo-jax: venv
+	$(BIN)/python examples/tsunami.py --picture tsunami.png
 
 test: lint types layers pytest
 
@@ -54,6 +58,8 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.baselines
 	for what in prediction noise observing; do $(BIN)/python -m benchmarks.$$what || exit; done
 	$(BIN)/python -m benchmarks.devito_acoustic 2d 3d
+	$(BIN)/python -m benchmarks.planning
+	$(BIN)/python -m benchmarks.jax_scan
 	$(BIN)/python -m benchmarks.timeline
 	$(BIN)/python -m benchmarks.figures
 

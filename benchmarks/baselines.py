@@ -299,6 +299,27 @@ def stencil_multistage(side: int, steps: int, slots: int, on_disk: int, director
     return {**meter.stop(), "gradient_norm": _length(model)}
 
 
+def stencil_followed(side: int, steps: int, slots: int, on_disk: int, directory: str) -> Outcome:
+    """The same multistage schedule, followed by Longtape: its disk transfers go on in the background.
+
+    It takes two slots more: one for the state before the last step, and one for staging.
+    """
+    from checkpoint_schedules import MultistageCheckpointSchedule
+
+    import longtape
+
+    model, start = _model(side), weights(side)
+    meter = common.Meter()
+    schedule = MultistageCheckpointSchedule(steps, slots, on_disk)
+    memory = (slots + 2) * model.state[0].nbytes
+    with longtape.Sweep(model, steps, memory=memory, disk=directory, schedule=schedule) as sweep:
+        meter.start()
+        sweep.forward()
+        model.start_adjoint(start)
+        sweep.reverse()
+    return {**meter.stop(), "gradient_norm": _length(model)}
+
+
 def _model(side: int) -> stencil.AllenCahn:
     """The stencil at its initial state, both kernels compiled and every buffer touched."""
     model = stencil.AllenCahn(side)
@@ -357,6 +378,7 @@ def compare_stencil(steps: int, slots: int, repeats: int, side: int = stencil.SI
     with tempfile.TemporaryDirectory(dir=common.RESULTS.parent) as directory:
         if find_spec("checkpoint_schedules"):
             cases["multistage"] = (stencil_multistage, (side, steps, slots, slots, directory))
+            cases["multistage, followed by longtape"] = (stencil_followed, (side, steps, slots, slots, directory))
         compare("baselines_stencil", cases, settings, repeats)
 
 

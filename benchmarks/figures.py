@@ -33,6 +33,28 @@ def ratios(name: str, heading: str) -> list[str]:
     return lines
 
 
+def jax() -> str:
+    """The paragraph on JAX, in Markdown."""
+    document = load("jax_scan")
+    lines = []
+    names = {"mlp_ode": "MLP-ODE step, state of 512 KiB", "lorenz96": "Lorenz-96 step, 40 variables"}
+    for part, found in document["results"].items():
+        heading = f"{names[part]}, memory {found['memory_bytes'] / 2**20:.0f} MiB"
+        lines += [
+            f"| {heading} | µs a step | lowest–highest | growth of the resident size | disk |",
+            "|---|---|---|---|---|",
+        ]
+        for case, taken in found["cases"].items():
+            spread = {key: 1e3 * taken["milliseconds_per_step"][key] for key in ("median", "lowest", "highest")}
+            disk = f"{taken['peak_disk_bytes'] / 2**30:,.1f} GiB" if taken.get("peak_disk_bytes") else "–"
+            lines.append(
+                f"| {case} | {spread['median']:,.4g} | {spread['lowest']:,.4g}–{spread['highest']:,.4g} "
+                f"| {taken['rss_growth_bytes'] / 2**20:,.0f} MiB | {disk} |"
+            )
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
 def measured() -> str:
     """The section, in Markdown."""
     machine = load("overhead_lstm")["machine"]
@@ -123,6 +145,8 @@ def main() -> None:
     text = fill(README.read_text(encoding="utf-8"), "measured", measured())
     text = fill(text, "observed", observed())
     text = fill(text, "residuals", residuals())
+    if (common.RESULTS / "jax_scan.json").exists():
+        text = fill(text, "jax", jax())
     README.write_text(text, encoding="utf-8")
 
 

@@ -26,9 +26,9 @@ import numpy as np
 import longtape
 from benchmarks import common
 from longtape.actions import Key
-from longtape.compose import LEAST_TO_PIN
 from longtape.foresee import layout_of
 from longtape.plan.asynchronous import EXACT
+from longtape.plan.costs import LEAST_TO_PIN
 from longtape.plan.simulate import Speeds, simulate
 from longtape.tiers.disk import DiskTier
 

@@ -105,6 +105,7 @@ def test_checkpoint_schedules_agrees(tmp_path: Path) -> None:
     pytest.importorskip("checkpoint_schedules")
     expected = norm(baselines.stencil_store_all(SIDE, 20))
     assert norm(baselines.stencil_multistage(SIDE, 20, 2, 2, str(tmp_path))) == expected
+    assert norm(baselines.stencil_followed(SIDE, 20, 2, 2, str(tmp_path))) == expected
 
 
 def test_the_lstm_peers_agree() -> None:

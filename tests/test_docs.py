@@ -106,12 +106,15 @@ def surroundings(code: str) -> dict[str, Any]:
 @pytest.mark.parametrize("index", range(len(snippets())))
 def test_the_readme_runs(index: int, scratch: Path) -> None:
     code = snippets()[index]
-    if "numba" in code:
-        pytest.importorskip("numba")
+    for package in "numba", "jax":
+        if f"import {package}\n" in code:
+            pytest.importorskip(package)
     names = surroundings(code)
     exec(compile(code.replace('"/scratch"', repr(str(scratch))), "README.md", "exec"), names)
     if "carry0" in names:
         assert names["carry0"].grad is not None
+    elif "gradient" in names:
+        assert np.any(names["gradient"])
     else:
         assert any(np.any(part) for part in names["model"].adjoint)
         assert names["sweep"].report.steps in (1_000, 20_000)

@@ -18,6 +18,7 @@ HOMES = {
     "torch": "torch/",
     "jax": "jax/",
     "devito": "devito.py",
+    "checkpoint_schedules": "schedules.py",
     "matplotlib": "plots.py",
     "tqdm": "progress.py",
 }
@@ -49,7 +50,7 @@ def _loaded_by(statement: str) -> set[str]:
 def test_importing_the_package_loads_no_framework() -> None:
     loaded = _loaded_by("import longtape")
     assert "longtape" in loaded
-    assert not loaded & {"torch", "jax", "jaxlib", "matplotlib", "tqdm", "numba", "scipy"}
+    assert not loaded & {"torch", "jax", "jaxlib", "matplotlib", "tqdm", "numba", "scipy", "checkpoint_schedules"}
 
 
 @pytest.mark.parametrize("module", ["longtape.progress", "longtape.plots"])

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
 from math import ceil, inf
 from typing import Any
 
-from longtape.actions import Key, Kind
+from longtape.actions import Action, Key, Kind
 from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover, Traffic
@@ -28,8 +29,10 @@ from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.binomial import advances
 from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
+from longtape.plan.transcript import Transcript, transcribe
 from longtape.protocols import Job, Observer, Tier
 from longtape.report import Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
@@ -90,6 +93,7 @@ class Settings:
     """What the user asked for."""
 
     memory: int | str
+    _: KW_ONLY
     disk: str | os.PathLike[str] | None = None
     disk_limit: int | str | None = None
     observers: Sequence[Observer] = ()
@@ -103,6 +107,16 @@ class Settings:
     """Wait no longer for storage than this; what it does not deliver is recomputed."""
     resumable: Resumable | None = None
     """Make the run durable, and go on with one that was stopped; its files take the place of `disk`."""
+    schedule: Any = None
+    """A `checkpoint_schedules.CheckpointSchedule` to follow; None: the quickest plan is chosen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the caller of a scan wants to be told."""
+
+    on_plan: Callable[[Choice], None] | None
+    on_report: Callable[[Run], None] | None
 
 
 class Run:
@@ -117,6 +131,8 @@ class Run:
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Any other setting that cannot be honoured.
+        ScheduleError: The given schedule breaks its own rules.
+        StorageError: Storage does not work, and cannot be done without: the given schedule uses it.
     """
 
     def __init__(
@@ -160,6 +176,7 @@ class Run:
                 f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
             )
         self.memory_nbytes = memory
+        self._transcript = self._transcribed()
         try:
             self._keeper = self._open_keeper()
             self._tier = self._open_tier()
@@ -181,12 +198,29 @@ class Run:
 
     # Putting it together -----------------------------------------------------------------------
 
+    def _transcribed(self) -> Transcript | None:
+        """The given schedule, checked before anything else is done."""
+        settings, steps = self._settings, self._traits.steps
+        if settings.schedule is None or steps is None:
+            return None
+        if self._codec is not None:
+            raise UsageError("a given schedule says what is stored as it is; leave out compress, or schedule")
+        transcript = transcribe(settings.schedule, steps)
+        if transcript.uses_disk and settings.disk is None and settings.tier is None:
+            raise UsageError(
+                f"{transcript.name} keeps {transcript.disk_items} states on disk; say where, with disk='/scratch'"
+            )
+        return transcript
+
     def _choose(self, measure: Callable[[], JobCosts] | None) -> None:
         """Measure, and choose a plan; the codec is used where the plan gains by it."""
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
         costs = stated or self._measure(job)
         self.costs = costs
+        if self._transcript is not None:
+            self.choice = settle(self._transcript, self._problem(), costs)
+            return
         self.choice = self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes - self._spared()))
         if self._codec is None or self._tier is None:
             return
@@ -261,6 +295,8 @@ class Run:
         settings = self._settings
         if self._keeper is not None:
             return self._keeper.tier
+        if self._transcript is not None and not self._transcript.uses_disk:
+            return None
         if settings.tier is not None:
             return settings.tier
         if settings.disk is None:
@@ -300,7 +336,7 @@ class Run:
 
     def _go_without_storage(self, error: OSError) -> None:
         """Storage failed before the run began: recompute within memory instead, and say so."""
-        if self._keeper is not None:
+        if self._keeper is not None or self._transcript is not None:
             raise error
         self._release_storage(_PATIENCE_SECONDS)
         self._tier = self._workers = None
@@ -463,9 +499,12 @@ class Run:
         )
         layout = self._layout()
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
-        self._executor = Executor(
-            iter(AsynchronousPlan(stock, layout)), job, self._mover, clock=self._clock, observers=observers
-        )
+        self._executor = Executor(self._plan(stock, layout), job, self._mover, clock=self._clock, observers=observers)
+
+    def _plan(self, stock: Stock, layout: Layout) -> Iterator[Action]:
+        if self._transcript is not None:
+            return iter(ScheduledPlan(stock, self._transcript))
+        return iter(AsynchronousPlan(stock, layout))
 
     def _attached(self, keeper: Keeper, layout: Layout) -> Job:
         self._budget.reserve(self._spared())
@@ -618,7 +657,7 @@ class Run:
         return Report(
             title=self._traits.title,
             steps=steps,
-            schedule=choice.schedule,
+            schedule=choice.schedule if self._transcript is None else self._transcript.name,
             window=choice.window,
             slots=choice.slots,
             memory_budget_bytes=self.memory_nbytes,
@@ -679,6 +718,8 @@ class Run:
         trace, steps = self._trace, self._stock.steps or 0
         if self._keeper is not None and self._keeper.resumed_from is not None:
             return None
+        if self._transcript is not None:
+            return None  # the event model runs Longtape's own plan
         if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
             return None
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
@@ -760,11 +801,12 @@ def _total(traffic: Iterable[Traffic]) -> Traffic:
     return total
 
 
-def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | None) -> None:
+def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | None, schedule: Any = None) -> None:
     """What cannot be combined with a run that can be resumed.
 
     Raises:
-        UsageError: The length is not known, or items go to a tier of the caller's own, or through a codec.
+        UsageError: The length is not known, items go to a tier of the caller's own or through a codec,
+            or the schedule is given.
     """
     if steps is None:
         raise UsageError("a run of unknown length cannot be resumed; give the number of steps, or leave out resume")
@@ -775,6 +817,8 @@ def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | Non
             "a run that can be resumed stores its items as they are, for how long a packed one is, is known to its "
             "process alone; leave out compress, or resume"
         )
+    if schedule is not None:
+        raise UsageError("a given schedule begins at state 0 and cannot be resumed; leave out schedule, or resume")
 
 
 def refuse_lossy_verification(compress: str | None) -> None:
@@ -785,6 +829,16 @@ def refuse_lossy_verification(compress: str | None) -> None:
     """
     if compress is not None and parse_codec(compress).bound is not None:
         raise UsageError(f"verify=True compares bit for bit, and compress={compress!r} rounds; leave one out")
+
+
+@contextmanager
+def closed_if_it_fails(run: Run) -> Iterator[None]:
+    """Give the run up when what is done with it raises."""
+    try:
+        yield
+    except BaseException:
+        run.close()
+        raise
 
 
 def _warn(message: str) -> None:
@@ -806,6 +860,8 @@ def describe(choice: Choice) -> str:
     parts = [f"{choice.schedule}: {choice.slots:,} snapshots in memory"]
     if choice.blocks:
         parts.append(f"{choice.blocks} residual blocks of {choice.window} steps")
+    if choice.schedule == "given" and choice.prediction.writes:
+        parts.append(f"{choice.prediction.writes:,} stored on disk")
     if choice.schedule == "asynchronous":
         parts.append(f"one stored every {choice.spacing:.1f} steps")
     if choice.record_fraction:

@@ -7,7 +7,8 @@
     │   ├── BudgetError                too little memory; says the least that would do
     │   ├── StepError                  a step broke its contract
     │   │   └── ReplayError            run again, a step gave something else
-    │   └── ResumeError                the files of a resumable run are not of the run that was asked for
+    │   ├── ResumeError                the files of a resumable run are not of the run that was asked for
+    │   └── ScheduleError              a schedule made elsewhere broke its own rules; names the action and the step
     ├── StorageError (OSError)         a tier could not do what was asked
     │   ├── StorageFull                no space left, or the stated limit is reached
     │   └── DamagedBlock               a block that was read is not what was written
@@ -58,6 +59,10 @@ class ReplayError(StepError):
 
 class ResumeError(UsageError):
     """What is in the resume directory cannot be gone on with: another run's, or held by another process."""
+
+
+class ScheduleError(UsageError):
+    """A checkpointing schedule made elsewhere broke its own rules, or ended before its work was done."""
 
 
 class StorageError(LongtapeError, OSError):

@@ -83,7 +83,7 @@ class Report:
     title: str
     steps: int
     schedule: str
-    """``store_all``, ``revolve``, ``asynchronous`` or ``residuals``."""
+    """``store_all``, ``revolve``, ``asynchronous`` or ``residuals``; for a given schedule, the name of its class."""
     window: int
     """Steps whose adjoint is taken in one go."""
     slots: int

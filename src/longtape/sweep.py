@@ -146,6 +146,7 @@ class _InPlaceJob:
     def reset(self, initial: list[Array]) -> None:
         for array, kept in zip(self.model.state, initial, strict=True):
             np.copyto(array, kept, casting="no")
+        self._step = 0
 
     may_end = False
     """Whether it is the model that says where the sequence ends: in the forward sweep of a length not known."""
@@ -450,6 +451,9 @@ class Sweep:
             ``"bitshuffle+lz4"`` or ``"bitshuffle+zstd"``.  ``"relative:1e-4+bitshuffle+zstd"`` is lossy:
             it first rounds floating-point numbers, each by at most that share of its size, and the
             adjoint is no longer exact.
+        schedule: A `checkpoint_schedules.CheckpointSchedule` to follow, fresh; it is read and
+            checked here, and used up.  What it keeps on disk is written and fetched in the
+            background.  None: the quickest plan for the budget is chosen.
         resume: Directory that makes the run durable.  After a kill, a loss of power or an exception,
             the same call with a model in its initial state goes on where the run was, forward
             or reverse.  The directory takes the place of `disk`; the files in it are removed
@@ -458,7 +462,8 @@ class Sweep:
         name: Tells runs apart that share the directory.
 
     Raises:
-        BudgetError: `memory` cannot hold one state, or with `resume` two.
+        BudgetError: `memory` cannot hold one state, or with `resume` two, or what the schedule keeps in memory.
+        ScheduleError: The schedule breaks its own rules; says at which action and step.
         ResumeError: What is in `resume` is of another run, or another sweep is working on it.
         UsageError: Any other argument that cannot be honoured.
 
@@ -485,6 +490,7 @@ class Sweep:
         verify: bool = False,
         stuck_seconds: float = 30.0,
         compress: str | None = None,
+        schedule: Any = None,
         resume: str | os.PathLike[str] | None = None,
         resume_seconds: float = DEFAULT_SECONDS,
         name: str = "sweep",
@@ -507,14 +513,15 @@ class Sweep:
         estimate = _checked_seconds(model)
         seconds = check_seconds(resume_seconds)
         if resume is not None:
-            refuse_resuming(steps=steps, tier=tier, compress=compress)
+            refuse_resuming(steps=steps, tier=tier, compress=compress, schedule=schedule)
         home = None if resume is None else Home(resume, name)
         try:
             begun = None if home is None else found_begin(home)
             measured = None if costs is not None or begun is not None else self._measure(estimate)
             assumed = measured is not None and estimate is None
             if begun is None:
-                by_rows = not out_of_place and not records and span == 1 and self._steps_are_tiny(measured)
+                in_steps = schedule is not None or out_of_place or records or span > 1
+                by_rows = not in_steps and self._steps_are_tiny(measured)
             else:
                 by_rows = begun.front.get("by_rows") is True
             traits = Traits(
@@ -543,6 +550,7 @@ class Sweep:
                 costs=costs,
                 stuck_seconds=stuck_seconds,
                 compress=compress,
+                schedule=schedule,
                 resumable=resumable,
             )
             self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)

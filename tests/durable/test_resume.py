@@ -276,7 +276,12 @@ def test_residuals_of_a_model_that_records_are_gone_on_with(tmp_path, begun):
 
 
 @pytest.mark.parametrize(
-    ("steps", "options", "match"), [(None, {}, "unknown length"), (STEPS, {"compress": "lz4"}, "compress")]
+    ("steps", "options", "match"),
+    [
+        (None, {}, "unknown length"),
+        (STEPS, {"compress": "lz4"}, "compress"),
+        (STEPS, {"schedule": object()}, "schedule"),
+    ],
 )
 def test_what_a_resumable_run_is_not_combined_with(tmp_path, steps, options, match):
     with pytest.raises(longtape.UsageError, match=match):

@@ -41,7 +41,8 @@ from longtape.plan.predict import (
 )
 from longtape.plan.recording import Recording, predict_residuals
 
-Schedule = Literal["store_all", "revolve", "online", "asynchronous", "residuals"]
+Schedule = Literal["store_all", "revolve", "online", "asynchronous", "residuals", "given"]
+"""`choose` takes any but the last; *given* is a schedule that the caller brings, see `scheduled`."""
 
 LARGEST_BLOCK = 4 * 2**20
 """Bytes beyond which a larger residual block gains nothing."""

@@ -10,7 +10,7 @@ and reads are served first come, first served, each kind one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -253,23 +253,16 @@ def simulate(
     Raises:
         PlanError: The plan did something illegal.
     """
-    machine: _Machine
-    stock = Stock(slots, blocks, steps=steps if known else None, clock=lambda: machine.now)
-    machine = _Machine(stock, speeds, steps)
-    probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
-    believed = believed or speeds
-    stock.forward.add(believed.forward(0) if callable(believed.forward) else believed.forward)
-    stock.reverse.add(believed.reverse)
-    stock.write.add(believed.write(probe))
-    stock.read.add(believed.read(probe))
-    stock.block_write.add(believed.write(block))
-    stock.block_read.add(believed.read(block))
-    stock.storage_limit = storage_limit
-    stock.item_nbytes = item_nbytes or stock.item_nbytes
-    for action in _checked(AsynchronousPlan(stock, layout or Layout(), rules), observe):
+    machine, plan = _set_up(steps, slots, believed or speeds, speeds, layout, rules, blocks=blocks, known=known)
+    machine.stock.storage_limit = storage_limit
+    machine.stock.item_nbytes = item_nbytes or machine.stock.item_nbytes
+    for action in plan:
+        if observe is not None:
+            observe(action)
         machine.perform(action)
     if machine.adjoint != 0:
         raise PlanError(f"the plan ended with the adjoint at step {machine.adjoint}")
+    stock = machine.stock
     return Outcome(
         seconds=machine.now,
         advances=machine.advances,
@@ -284,8 +277,34 @@ def simulate(
     )
 
 
-def _checked(actions: Iterable[Action], observe: Callable[[Action], None] | None) -> Iterable[Action]:
-    for action in actions:
-        if observe is not None:
-            observe(action)
+def play(steps: int, slots: int, speeds: Speeds, layout: Layout, rules: Rules) -> Iterator[Action]:
+    """The actions that the asynchronous plan takes in the event model, one by one as they are asked for."""
+    machine, plan = _set_up(steps, slots, speeds, speeds, layout, rules)
+    for action in plan:
         yield action
+        machine.perform(action)
+
+
+def _set_up(
+    steps: int,
+    slots: int,
+    believed: Speeds,
+    speeds: Speeds,
+    layout: Layout | None,
+    rules: Rules | None,
+    *,
+    blocks: int = 0,
+    known: bool = True,
+) -> tuple[_Machine, AsynchronousPlan]:
+    """A machine at the start of the plan, which takes the durations to be what it believes."""
+    machine: _Machine
+    stock = Stock(slots, blocks, steps=steps if known else None, clock=lambda: machine.now)
+    machine = _Machine(stock, speeds, steps)
+    probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
+    stock.forward.add(believed.forward(0) if callable(believed.forward) else believed.forward)
+    stock.reverse.add(believed.reverse)
+    stock.write.add(believed.write(probe))
+    stock.read.add(believed.read(probe))
+    stock.block_write.add(believed.write(block))
+    stock.block_read.add(believed.read(block))
+    return machine, AsynchronousPlan(stock, layout or Layout(), rules)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from longtape.compose import Run, Settings
+from longtape.compose import Hooks, Run, Settings
 from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.torch.inputs import NoInputs
-from longtape.torch.scan import CAPTURED_FROM, Call, Hooks
+from longtape.torch.scan import CAPTURED_FROM, Call
 from longtape.torch.structure import Leaves, Structure, flatten
 
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from longtape.compose import Run, Settings, Traits, refuse_lossy_verification, refuse_resuming
+from longtape.compose import (
+    Hooks,
+    Run,
+    Settings,
+    Traits,
+    closed_if_it_fails,
+    refuse_lossy_verification,
+    refuse_resuming,
+)
 from longtape.durable.fingerprints import of_bytes, of_code
 from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
@@ -42,14 +50,6 @@ _MANY_STEPS = 1 << 20
 
 MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the caller wants to be told."""
-
-    on_plan: Callable[[Choice], None] | None
-    on_report: Callable[[Run], None] | None
 
 
 def scan(
@@ -364,7 +364,7 @@ class Call:
                 settings = replace(settings, resumable=self._resumable(job, home))
             run = Run(job, traits, settings, measure=lambda: costs)
             pending = _Pending(run, job)
-            with _closed_if_it_fails(run):
+            with closed_if_it_fails(run):
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
@@ -426,7 +426,7 @@ class Call:
         job = pending.job
         first, second = len(self.init), len(self.init) + len(self.inputs.stacked)
         ambient = self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext()
-        with self._around(job), ambient, _closed_if_it_fails(pending.run):
+        with self._around(job), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
@@ -441,15 +441,6 @@ class _Pending:
     def __init__(self, run: Run, job: ScanJob) -> None:
         self.run, self.job = run, job
         weakref.finalize(self, run.close)
-
-
-@contextmanager
-def _closed_if_it_fails(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        run.close()
-        raise
 
 
 class _Scan(torch.autograd.Function):
