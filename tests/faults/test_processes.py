@@ -14,9 +14,6 @@ from tests.faults.sweeps import exact, nbytes, run, storing_costs, unhurried
 
 STEPS = 40
 
-# JAX, once another test has imported it, warns of every fork; these children run none of it.
-pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
-
 
 def make(disk, model=None, steps=STEPS):
     model = model or unhurried(Chaotic)(2000)
