@@ -93,7 +93,7 @@ class Log:
         return [t for k in range(self.MOST_KILLS) if (t := self._get(self._kills + k))]
 
     def killed(self) -> None:
-        """The process has just been killed."""
+        """The process is killed now."""
         self._put(self._kills + len(self._killed()), time.monotonic())
 
     @property
@@ -128,8 +128,14 @@ def sweep(directory: Path, model, steps: int, seconds: float, *, memory: int = 5
     return run.report
 
 
-def forked(body: Callable[[], bytes], *, kill_after: float | None = None, patience: float = 60.0) -> bytes | None:
-    """What `body` returns in a process of its own; None if it was killed before."""
+def forked(
+    body: Callable[[], bytes],
+    *,
+    kill_after: float | None = None,
+    patience: float = 60.0,
+    at_kill: Callable[[], None] = lambda: None,
+) -> bytes | None:
+    """What `body` returns in a process of its own; None if it was killed before, just after `at_kill` was called."""
     here, there = os.pipe()
     child = os.fork()
     if child == 0:
@@ -153,6 +159,7 @@ def forked(body: Callable[[], bytes], *, kill_after: float | None = None, patien
             time.sleep(0.001)
             ended = os.waitpid(child, os.WNOHANG)
         if not ended[0]:
+            at_kill()
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             assert kill_after is not None, "it hung"

@@ -32,8 +32,7 @@ def finish_by_kills(directory, kind, seed, *, kills=3, costs=True, steps=STEPS):
 
     found = None
     for _ in range(kills):
-        found = found or forked(body, kill_after=chance.uniform(0.01, 0.3))
-        log.killed()
+        found = found or forked(body, kill_after=chance.uniform(0.01, 0.3), at_kill=log.killed)
     found = found or forked(body)
     repeated = log.oldest_repeated
     log.close()
