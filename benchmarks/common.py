@@ -63,6 +63,19 @@ def write(name: str, settings: Mapping[str, Any], results: Mapping[str, Any]) ->
     return path
 
 
+def sources() -> str:
+    """What the package's files are, by Git; where some differ from it, by nothing but this moment."""
+    changed = _git("status", "--porcelain", "--", "../../src")
+    return f"changed {time.time()}" if changed else _git("rev-parse", "HEAD:src")
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """The document of a benchmark, if the same sources gave it: runs in slices join."""
+    path = RESULTS / f"{name}.json"
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return document if document.get("settings", {}).get("sources") == sources() else {}
+
+
 def interleave(cases: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds that each case took, `repeats` times, taken in turn in this process."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
@@ -167,9 +180,9 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str:
     """The commit, with a plus sign where files differ from it."""
+    return _git("rev-parse", "--short=12", "HEAD") + ("+" if _git("status", "--porcelain", "--", "../../src") else "")
 
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--", "src") else "")
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=RESULTS, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

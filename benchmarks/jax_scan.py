@@ -1,8 +1,8 @@
 """`longtape.jax.scan` beside `jax.lax.scan` and Equinox's checkpointed scan, at the same memory.
 
-``python -m benchmarks.jax_scan``, with ``--quick`` for small sizes that only show that it works, and ``--only`` for
-one part.  Each case runs in a process of its own, one compute thread, cases taken in turn; a process compiles and
-warms up on the first sizes before it is timed.
+``python -m benchmarks.jax_scan``, with ``--quick`` for small sizes that only show that it works; ``--only`` and
+``--steps`` take slices, which join those in the file that the same sources gave.  Each case runs in a process of its
+own, one compute thread, cases taken in turn; a process compiles and warms up on the first sizes before it is timed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def run(model: str, way: str, steps: int, memory: int, disk: str) -> dict[str, A
                     checkpoints=min(length, memory // state_nbytes),
                 )
             else:
-                last, _ = lt.scan(body, first, None, length, memory=memory, disk=disk, on_report=reports.append)
+                last, _ = lt.scan(
+                    body, first, None, length, memory=memory, disk=disk, disk_limit=LIMIT, on_report=reports.append
+                )
             return jnp.sum(last**2)
 
         whole = jax.value_and_grad(loss, argnums=(0, 1))
@@ -124,7 +126,7 @@ PARTS = {
         ("lax.scan", 1_000), ("longtape", 1_000), ("equinox", 1_000),
         ("longtape", 4_000), ("equinox", 4_000),
         ("longtape", 16_000), ("equinox", 16_000),
-        ("longtape", 100_000),
+        ("longtape", 30_000), ("longtape", 100_000),
     ],
     "lorenz96": [("lax.scan", 1_000_000), ("longtape", 1_000_000)],
 }  # fmt: skip
@@ -132,45 +134,72 @@ QUICK = {
     "mlp_ode": [("lax.scan", 50), ("longtape", 50), ("equinox", 50), ("longtape", 400), ("equinox", 400)],
     "lorenz96": [("lax.scan", 20_000), ("longtape", 20_000)],
 }
-REPEATS_UP_TO = 16_000
-"""Longer cases run once: they take minutes, and average over their own noise."""
+LIMIT = "60GiB"
+"""Of disk, for every length alike: the residuals of 100,000 MLP steps take more."""
 
 
-def part(name: str, *, quick: bool, repeats: int, disk: str) -> dict[str, Any]:
-    memory = MEMORY if not quick else 8 << 20 if name == "mlp_ode" else 1 << 20
-    results: dict[str, Any] = {}
-    taken: dict[tuple[str, int], list[Any]] = {}
-    for repeat in range(repeats):
-        for way, steps in (QUICK if quick else PARTS)[name]:
-            if repeat == 0 or steps <= REPEATS_UP_TO or name == "lorenz96":
+def sizes(name: str, *, quick: bool) -> int:
+    """The memory budget of a part; bytes."""
+    return MEMORY if not quick else 8 << 20 if name == "mlp_ode" else 1 << 20
+
+
+def summed_up(outcomes: list[Any], steps: int) -> dict[str, Any]:
+    """The runs of a case."""
+    return {
+        "milliseconds_per_step": common.summary([1e3 * outcome["seconds"] / steps for outcome in outcomes]),
+        "rss_growth_bytes": max(outcome["peak_bytes"] for outcome in outcomes),
+        **{key: value for key, value in outcomes[-1].items() if key not in ("seconds", "peak_bytes")},
+        "runs": outcomes,
+    }
+
+
+def part(name: str, wanted: list[int] | None, *, quick: bool, repeats: int, disk: str, before: Any) -> dict[str, Any]:
+    """Cases of a part taken in turn, joined with the runs of `before`."""
+    memory = sizes(name, quick=quick)
+    cases = (QUICK if quick else PARTS)[name]
+    taken = {case: list(found["runs"]) for case, found in before.get("cases", {}).items()}
+    for _ in range(repeats):
+        for way, steps in cases:
+            if wanted is None or steps in wanted:
                 outcome = common.apart(run, name, way, steps, memory, disk)
-                taken.setdefault((way, steps), []).append(outcome)
+                taken.setdefault(f"{way} N={steps}", []).append(outcome)
                 print(name, way, steps, f"{outcome['seconds'] / steps * 1e3:.4f} ms a step", flush=True)
-    for (way, steps), outcomes in taken.items():
-        results[f"{way} N={steps}"] = {
-            "milliseconds_per_step": common.summary([1e3 * outcome["seconds"] / steps for outcome in outcomes]),
-            "rss_growth_bytes": max(outcome["peak_bytes"] for outcome in outcomes),
-            **{key: value for key, value in outcomes[-1].items() if key not in ("seconds", "peak_bytes")},
-        }
-    return {"memory_bytes": memory, "cases": results}
+    found = {f"{way} N={steps}": steps for way, steps in cases}
+    return {
+        "memory_bytes": memory,
+        "cases": {case: summed_up(taken[case], steps) for case, steps in found.items() if case in taken},
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=sorted(PARTS))
+    parser.add_argument("--steps", type=int, nargs="*", help="only these lengths; joins what the same sources gave")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--disk", default=None, help="directory for scratch files")
     arguments = parser.parse_args()
+    quick = arguments.quick
+    before = {} if quick else common.earlier("jax_scan").get("results", {})
     with tempfile.TemporaryDirectory(dir=arguments.disk) as disk:
-        names = [arguments.only] if arguments.only else list(PARTS)
-        repeats = 1 if arguments.quick else arguments.repeats
-        results = {name: part(name, quick=arguments.quick, repeats=repeats, disk=disk) for name in names}
-    if arguments.quick or arguments.only:
+        results = {
+            name: before.get(name)
+            if arguments.only not in (None, name)
+            else part(
+                name,
+                arguments.steps,
+                quick=quick,
+                repeats=1 if quick else arguments.repeats,
+                disk=disk,
+                before=before.get(name) or {},
+            )
+            for name in PARTS
+        }
+    if quick:
         print(results)
-    else:
-        settings = {"width": WIDTH, "batch": BATCH, "variables": VARIABLES, "xla_flags": ONE_THREAD}
-        common.write("jax_scan", settings, results)
+        return
+    settings = {"width": WIDTH, "batch": BATCH, "variables": VARIABLES, "disk_limit": LIMIT, "xla_flags": ONE_THREAD}
+    common.write("jax_scan", {"sources": common.sources(), **settings}, {k: v for k, v in results.items() if v})
 
 
 if __name__ == "__main__":
