@@ -57,7 +57,7 @@ class Randomness:
         others = [torch.get_device_module(device).get_rng_state(device) for device in self._others]
         return torch.cat([torch.get_rng_state(), *others])
 
-    def go_back(self, state: bytes) -> None:
+    def go_back(self, state: bytes | bytearray) -> None:
         """Random numbers are drawn, beginning with this state, with which an earlier process began."""
         if len(state) == self.at_start.numel():
             self.used = True
