@@ -157,7 +157,8 @@ def _campaign(front: str, kinds: tuple[str, ...], count: int, chance: random.Ran
                 for name in ("plain", "resumable", "resumed"):
                     place = Path(there) / f"{kind}-{name}"
                     place.mkdir()
-                    way = ways[kind, name] = _Way(Subject(front, kind), name, place)
+                    subject = Subject(front, kind, is_tight=name == "plain")
+                    way = ways[kind, name] = _Way(subject, name, place)
                     counted = _count(way)
                     calls[f"{front}, {kind}, {name}"] = dict(Counter(counted))
                     cases += [(kind, name, k, error) for k in range(len(counted)) for error in (*ERRORS, None)]

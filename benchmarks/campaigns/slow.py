@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def _campaign(kinds: list[Subject], count: int, chance: random.Random) -> dict[s
             subject.half_way(Path(there) / subject.kind, int(0.8 * subject.actions))
         for number in range(count):
             subject, how = kinds[number % len(kinds)], ("plain", "resumable", "resumed")[number // len(kinds) % 3]
+            subject = replace(subject, is_tight=how == "plain")
             where = Path(there) / "run"
             if how == "resumed":
                 shutil.copytree(Path(there) / subject.kind, where)

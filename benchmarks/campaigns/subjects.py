@@ -56,6 +56,8 @@ class Subject:
     front: str
     kind: str
     steps: int = STEPS
+    is_tight: bool = False
+    """Whether a scan has so little memory that it needs its disk."""
 
     @property
     def name(self) -> str:
@@ -76,7 +78,9 @@ class Subject:
         watching = [Stopper(stop_after, pause), *observers]
         if self.front == "scan":
             where = None if resume is None else str(resume)
-            options = {"disk": disk, "stuck_seconds": stuck_seconds, "observers": watching}
+            options: dict[str, Any] = {"disk": disk, "stuck_seconds": stuck_seconds, "observers": watching}
+            if self.is_tight:
+                options["memory"] = 70_000 if self.kind == "captured" else 12_000
             return scans.gradient(self.kind, where, seconds, 0.0, steps=self.steps, **options)
         model = unhurried(SWEEPS[self.kind])(SIZE)
         with longtape.Sweep(
