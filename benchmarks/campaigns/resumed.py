@@ -72,7 +72,8 @@ def resume_damaged(subject: Subject, where: Path, *, is_emptied: bool = False) -
         return result
     assert not os.listdir(where), os.listdir(where)
     if report.resumed_from is None:
-        assert report.faults or is_emptied, "begun anew, and nothing said"
+        told = report.faults or any("of the journal could not be read" in note for note in report.notes)
+        assert told or is_emptied, "begun anew, and nothing said"
         return "same bits, begun anew"
     return "same bits, " + ("gone on with, fault reported" if report.faults else "gone on with")
 

@@ -58,6 +58,8 @@ class Home:
         """What the journal began with when it was opened."""
         self.is_damaged = False
         """The journal held something, and nothing of it can be read."""
+        self.torn_nbytes = 0
+        """How much there is behind the last record that can be read; some, where an append was cut off."""
         self._first_end = self._end = self._count = 0
         self._guard = threading.Lock()
         self._users, self._closing = 0, False
@@ -92,7 +94,8 @@ class Home:
                     self.first, self._first_end = record, end
                 self._end, self._count = end, self._count + 1
                 del record  # before the next one is read
-            self.is_damaged = self.first is None and os.fstat(self._fd).st_size > 0
+            self.torn_nbytes = os.fstat(self._fd).st_size - self._end
+            self.is_damaged = self.first is None and self.torn_nbytes > 0
             if self.is_damaged and not _begins_as_ours(self._fd):
                 raise ResumeError(f"{self.journal_path} is not a journal of Longtape; move it, or use another name")
         except OSError as error:

@@ -159,6 +159,8 @@ class Keeper:
         if self._home.is_damaged:
             self._fault(f"{self._home.journal_path} is damaged where it begins, so the run begins anew")
         if self.begin is not None:
+            if self._home.torn_nbytes:
+                self.notes.append(f"the last {self._home.torn_nbytes:,} bytes of the journal could not be read")
             most = 2 * self._home.data_nbytes // LEAST_ITEM_NBYTES
             try:
                 self._point = points.read_point(self._home.later(), most=most)
