@@ -80,7 +80,7 @@ class Subject:
             where = None if resume is None else str(resume)
             options: dict[str, Any] = {"disk": disk, "stuck_seconds": stuck_seconds, "observers": watching}
             if self.is_tight:
-                options["memory"] = 70_000 if self.kind == "captured" else 4_500
+                options["memory"] = 70_000 if self.kind == "captured" else 12_000
             return scans.gradient(self.kind, where, seconds, 0.0, steps=self.steps, **options)
         model = unhurried(SWEEPS[self.kind])(SIZE)
         with longtape.Sweep(
