@@ -135,6 +135,37 @@ def residuals() -> str:
     return "\n".join(lines).strip()
 
 
+CAMPAIGNS = {
+    "kills": ("kills", ("kill",)),
+    "losses of power": ("cases", ("power", "power_scan")),
+    "damaged blocks and files": ("cases", ("damage", "resumed_damage")),
+    "failing or short system calls": ("cases", ("errno_sweep", "errno_scan")),
+    "runs on slow or stuck storage": ("cases", ("slow_sweep", "slow_scan")),
+    "sizes of a full disk": ("cases", ("disk",)),
+    "interleavings": ("interleavings", ("races",)),
+    "files of any bytes": ("inputs", ("fuzz",)),
+}
+"""What was counted in which campaigns."""
+
+
+def durable() -> str:
+    """What being resumable costs, and how often faults were tried."""
+    lines = []
+    if (found := _found("durability")) is not None:
+        costs = [f"{case['ratio_to_not_resumable']:.3f} ({name})" for name, case in found["results"].items()]
+        steps = found["settings"]["steps"]
+        lines.append(
+            f"An LSTM run of {steps:,} steps with `resume`, as a multiple of its time without: {', '.join(costs[1:])}."
+        )
+    counted = []
+    for name, (field, files) in CAMPAIGNS.items():
+        parts = [part["results"][field] for file in files if (part := _found(f"campaign_{file}")) is not None]
+        counted += [f"{sum(parts):,} {name}"] if parts else []
+    if counted:
+        lines.append(f"`benchmarks.campaigns` tried {', '.join(counted)}: no wrong bit, no hang, no leak.")
+    return "\n".join(lines)
+
+
 def fill(text: str, name: str, content: str) -> str:
     """Replace one spot."""
     pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- /figures -->)"
@@ -145,6 +176,7 @@ def main() -> None:
     text = fill(README.read_text(encoding="utf-8"), "measured", measured())
     text = fill(text, "observed", observed())
     text = fill(text, "residuals", residuals())
+    text = fill(text, "durable", durable())
     if (common.RESULTS / "jax_scan.json").exists():
         text = fill(text, "jax", jax())
     README.write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any
 
 from longtape.compose import describe
 from longtape.durable.home import Leftover, leftovers, remove_leftover
-from longtape.durable.points import read_begin, read_point
+from longtape.durable.points import Point, apply_header, read_begin
 from longtape.errors import LongtapeError, UsageError
 from longtape.foresee import Foresight, foresee, replay, time_against_memory
 from longtape.plan.costs import Costs, Problem
@@ -114,7 +114,9 @@ def _described(left: Leftover) -> str:
     begin = read_begin(left.records[0]) if left.records else None
     what = "no durable point"
     if begin is not None:
-        point = read_point(left.records[1:])
+        point = Point()
+        for record in left.records[1:]:
+            apply_header(point, record)
         where = f"forward sweep at step {point.reached:,} of {begin.steps:,}"
         where = f"adjoint at step {point.adjoint.start:,} of {begin.steps:,}" if point.adjoint else where
         what = f"{begin.title}, {where}"

@@ -575,9 +575,9 @@ class Run:
         self._execute(until_turn=False)
         self.reverse_seconds = self._clock() - began
         self._state = "reversed"
-        self._release()
         if self._keeper is not None:
             self._keeper.finish()
+        self._release()
 
     def _enter(self, state: str, otherwise: str) -> None:
         if os.getpid() != self._process:

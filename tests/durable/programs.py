@@ -101,13 +101,13 @@ class Log:
         """Of all steps run again after a kill, how long before it the oldest had been run; seconds."""
         return self._get(self._oldest)
 
-    def ran(self, step: int, *, back: bool) -> None:
+    def ran(self, step: int, *, back: bool, at: float | None = None) -> None:
         k = 2 * step + back
         before = self._get(k)
         if before:
             lost_by = min((t for t in self._killed() if t > before), default=before)
             self._put(self._oldest, max(self.oldest_repeated, lost_by - before))
-        self._put(k, time.monotonic())
+        self._put(k, time.monotonic() if at is None else at)
 
     def close(self) -> None:
         self._memory.close()

@@ -20,13 +20,13 @@ STEPS, WIDTH = 300, 24
 class Problem:
     """A small recurrence with ys, closed-over parameters, and random numbers if asked for."""
 
-    def __init__(self, *, dropout: bool = False, pause: float = 0.0) -> None:
+    def __init__(self, *, dropout: bool = False, steps: int = STEPS) -> None:
         torch.manual_seed(1)
         self.cell = nn.GRUCell(8, WIDTH)
         self.scale = torch.rand(WIDTH).requires_grad_()
-        self.xs = torch.randn(STEPS, 4, 8).requires_grad_()
+        self.xs = torch.randn(steps, 4, 8).requires_grad_()
         self.init = torch.randn(4, WIDTH).requires_grad_()
-        self.dropout, self.pause = dropout, pause
+        self.dropout = dropout
 
     def step(self, carry: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         carry = self.cell(x, carry) * self.scale
@@ -49,7 +49,8 @@ class Slow:
         self.seconds = seconds
 
     def on_action(self, action: Any, began: float, ended: float) -> None:
-        time.sleep(self.seconds)
+        if self.seconds:
+            time.sleep(self.seconds)
 
     def on_transfer(self, *_: Any) -> None:
         pass
@@ -67,10 +68,21 @@ def options(kind: str, pause: float) -> dict[str, Any]:
     return {"memory": memory, "capture": kind == "captured", "costs": costs(kind), "observers": [Slow(pause)]}
 
 
-def gradient(kind: str, directory: str | None, seconds: float, pause: float = 1e-3) -> tuple[bytes, Any]:
+def gradient(
+    kind: str,
+    directory: str | None,
+    seconds: float,
+    pause: float = 1e-3,
+    *,
+    steps: int = STEPS,
+    observers: Any = (),
+    **more: Any,
+) -> tuple[bytes, Any]:
+    """The bits of a gradient, and the report; `more` goes to `scan`."""
     runs: list[Any] = []
-    problem = Problem(dropout=kind == "random")
-    given = options(kind, pause)
+    problem = Problem(dropout=kind == "random", steps=steps)
+    given = {**options(kind, pause), **more}
+    given["observers"] = [*given["observers"], *observers]
     planned = given.pop("costs")
 
     def scanned(step: Any, init: Any, xs: Any) -> Any:

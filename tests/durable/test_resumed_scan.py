@@ -1,5 +1,6 @@
 """Scans that are killed in a training step, and found again by their name."""
 
+import gc
 import os
 import random
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import longtape
+from longtape.actions import Turn
 from longtape.torch import scan
 from tests.durable import scans
 
@@ -91,6 +93,40 @@ def test_stopped_anywhere(tmp_path, kind):
             break
         assert found == expected
         assert not os.listdir(tmp_path)
+
+
+class StopsAfterTheTurn:
+    """An observer that stops the run so many actions after it has turned."""
+
+    def __init__(self, left):
+        self.left, self.turned = left, False
+
+    def on_action(self, action, began, ended):
+        time.sleep(2e-3)
+        self.turned = self.turned or isinstance(action, Turn)
+        self.left -= self.turned
+        if self.left < 0:
+            raise Stop
+
+    def on_transfer(self, *_):
+        pass
+
+
+def test_a_last_window_that_is_short_is_not_skipped(tmp_path):
+    """An adjoint that is durable before any step was reversed is that of step N, where no whole window need end."""
+    resumed, plans = [], []
+    for steps in (40, 41):
+        expected, _ = scans.gradient("random", None, 1.0, 0.0, steps=steps)
+        for left in range(1, 7):
+            with pytest.raises(Stop):
+                scans.gradient("random", tmp_path, 1e-6, 0.0, steps=steps, observers=[StopsAfterTheTurn(left)])
+            gc.collect()
+            found, report = scans.gradient("random", tmp_path, 60.0, 0.0, steps=steps)
+            assert found == expected, (left, report.resumed_from)
+            resumed.append(report.resumed_from)
+            plans.append(report.window)
+    assert set(resumed) & {"the adjoint of step 40", "the adjoint of step 41"}
+    assert min(plans) > 1
 
 
 def half_way(directory, problem, **options):

@@ -67,6 +67,16 @@ def test_resident_memory_grows_by_no_more_than_the_budget(capture: bool, disk: b
     assert grown <= budget + working_set + 48 * MIB
 
 
+@pytest.mark.parametrize("step", [lambda h, x: (h * 0.999, None), lambda h, x: (h + x, h.detach())])
+def test_a_tape_counts_though_autograd_saves_nothing(step: Any) -> None:
+    """A linear step's graph saves no tensor, and yet a tape of many steps holds the carry of each."""
+    init, reports = leaf(4, 4096), []
+    scan(step, init, torch.zeros(60, 4, 1), memory=8 * 4 * 4096 * 8, capture=False, on_report=reports.append)[
+        0
+    ].sum().backward()
+    assert reports[0].report.window <= 8
+
+
 @pytest.mark.parametrize("capture", [False, True])
 @pytest.mark.parametrize("states", [1, 2, 3, 7, 40, 1000])
 def test_every_budget_gives_the_same_gradients(states: int, capture: bool, tmp_path: Path) -> None:

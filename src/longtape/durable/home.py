@@ -6,7 +6,8 @@ NAME has two: ``NAME.longtape-journal``, which is locked as long as the run is g
 
 Invariants: a file that does not begin as Longtape's is never changed and never removed; the
 lock ends with the process that took it, however it ends, and children that it forks do
-not hold it.
+not hold it; the journal is closed only when nobody is writing to it, for its number may be
+another file's next.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import fcntl
 import os
 import re
 import stat
+import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,10 @@ from longtape.errors import ResumeError, StorageError, UsageError
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
 _homes: weakref.WeakSet[Home] = weakref.WeakSet()
+
+
+class UnreadableJournal(StorageError):
+    """The system could not read a journal; nothing is known of what it holds."""
 
 
 class Home:
@@ -47,9 +54,15 @@ class Home:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(f"a run's name is made of letters, digits and ._+=-, not {name!r}")
         self.directory, self.name = os.path.abspath(os.fspath(directory)), name
-        self.records: list[Record] = []
-        """What the journal held when it was opened."""
-        self._end = 0
+        self.first: Record | None = None
+        """What the journal began with when it was opened."""
+        self.is_damaged = False
+        """The journal held something, and nothing of it can be read."""
+        self.torn_nbytes = 0
+        """How much there is behind the last record that can be read; some, where an append was cut off."""
+        self._first_end = self._end = self._count = 0
+        self._guard = threading.Lock()
+        self._users, self._closing = 0, False
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
             self._fd = _open_locked(self.journal_path, name)
@@ -77,16 +90,64 @@ class Home:
     def _read(self) -> None:
         try:
             for record, end in journal.read(self._fd):
-                self.records.append(record)
-                self._end = end
-            if not self.records and not _begins_as_ours(self._fd):
+                if self.first is None:
+                    self.first, self._first_end = record, end
+                self._end, self._count = end, self._count + 1
+                del record  # before the next one is read
+            self.torn_nbytes = os.fstat(self._fd).st_size - self._end
+            self.is_damaged = self.first is None and self.torn_nbytes > 0
+            if self.is_damaged and not _begins_as_ours(self._fd):
                 raise ResumeError(f"{self.journal_path} is not a journal of Longtape; move it, or use another name")
         except OSError as error:
-            raise StorageError(error.errno, f"{self.journal_path} cannot be read: {error.strerror}") from error
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> UnreadableJournal:
+        return UnreadableJournal(
+            error.errno,
+            f"{self.journal_path} cannot be read: {error.strerror}; try again, and see to the disk if it does not help",
+        )
+
+    def later(self) -> Iterator[Record]:
+        """The records after the first, one at a time.  Raises `StorageError`."""
+        if self.first is None:
+            return
+        try:
+            for record, _ in journal.read(self._fd, after=(self.first, self._first_end)):
+                yield record
+                del record
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    @property
+    def data_nbytes(self) -> int:
+        """Length of the scratch file; 0 where there is none."""
+        try:
+            return os.stat(self.data_path, follow_symlinks=False).st_size
+        except OSError:
+            return 0
 
     def journal(self, run_id: bytes) -> Journal:
-        """To append to what there is."""
-        return Journal(self._fd, run_id, end=self._end, count=len(self.records))
+        """To append to what there is, while `in_use`."""
+        return Journal(self._fd, run_id, end=self._end, count=self._count)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The files stay open and locked meanwhile; a `close` that comes is made up for at the end.
+
+        Raises:
+            StorageError: They are closed already.
+        """
+        with self._guard:
+            if self._fd < 0 or self._closing:
+                raise StorageError(errno.EBADF, f"the run {self.name!r} was given up; nothing more is made durable")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._guard:
+                self._users -= 1
+                fd = self._let_go() if self._closing else -1
+            _close(fd)
 
     def sync_directory(self) -> None:
         """Make the names of the files durable.  Raises `OSError`."""
@@ -98,33 +159,60 @@ class Home:
 
     def reopen(self) -> None:
         """Take the lock again after `close`.  Raises as making one does."""
+        with self._guard:
+            if self._closing and self._fd >= 0:
+                raise StorageError(
+                    errno.EBUSY,
+                    f"storage has not answered, and the run {self.name!r} is held until it does; try again later, or "
+                    "use another name",
+                )
+            self._closing = False
         if self._fd < 0:
-            self._fd = _open_locked(self.journal_path, self.name)
+            try:
+                self._fd = _open_locked(self.journal_path, self.name)
+            except OSError as error:
+                raise self._unreadable(error) from error
 
     def clear(self) -> None:
         """Forget the run, and keep the lock: what comes is a new one.  Raises `StorageError`."""
         try:
             os.ftruncate(self._fd, 0)
             os.fdatasync(self._fd)
-            self.records, self._end = [], 0
+            self.first, self.is_damaged = None, False
+            self._end = self._count = 0
             _remove(self.data_path)
         except OSError as error:
-            raise StorageError(error.errno, f"{self.data_path} cannot be removed: {error.strerror}") from error
+            raise StorageError(
+                error.errno,
+                f"{self.data_path} cannot be removed: {error.strerror}; remove it by hand, or use another name",
+            ) from error
 
-    def remove(self) -> None:
-        """The run has ended: remove its files, and give up the lock."""
+    def remove(self) -> list[str]:
+        """The run has ended: remove its files.  `close` gives up the lock.
+
+        Returns:
+            The paths of those that could not be removed.
+        """
+        left: list[str] = []
         if self._fd >= 0:
             # The journal goes first: without it nobody takes the data for a run that can be gone on with.
             for path in (self.journal_path, self.data_path):
-                with contextlib.suppress(OSError):
+                try:
                     _remove(path)
-        self.close()
+                except OSError:
+                    left.append(path)
+        return left
 
     def close(self) -> None:
-        """Leave the files as they are, and give up the lock; idempotent."""
+        """Leave the files as they are, and give up the lock, once nobody uses them; idempotent."""
+        with self._guard:
+            self._closing = True
+            fd = -1 if self._users else self._let_go()
+        _close(fd)
+
+    def _let_go(self) -> int:
         fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        return fd
 
 
 def _open_locked(path: str, name: str) -> int:
@@ -170,7 +258,7 @@ def _holder(fd: int) -> str:
 
 def _begins_as_ours(fd: int) -> bool:
     """Whether a journal without one sound record may be ours: empty, torn while it was begun, or zeros."""
-    begin = os.pread(fd, len(journal.MAGIC), 0)
+    begin = journal.exactly(fd, min(len(journal.MAGIC), os.fstat(fd).st_size), 0)
     return journal.MAGIC.startswith(begin) or not any(begin)
 
 
@@ -179,9 +267,16 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
+def _close(fd: int) -> None:
+    """What a closing file has to complain of comes too late to matter: what had to be durable was synced."""
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
 def _leave_to_parent() -> None:
     for home in list(_homes):
-        home.close()
+        _close(home._let_go())  # the guard may be held by a thread that the child has not
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
@@ -203,6 +298,7 @@ class Leftover:
     held: bool
     """A process is working on it."""
     records: tuple[Record, ...]
+    """The first and, where there are more, the last of the journal."""
 
 
 def leftovers(directory: str | os.PathLike[str]) -> list[Leftover]:
@@ -224,11 +320,16 @@ def leftovers(directory: str | os.PathLike[str]) -> list[Leftover]:
 
 
 def _leftover(directory: str, name: str) -> Leftover | None:
-    paths, records, held = [], [], False
+    paths: list[str] = []
+    records: list[Record] = []
+    held = False
     journal_path, data_path = (os.path.join(directory, name + suffix) for suffix in (JOURNAL, DATA))
     with contextlib.suppress(OSError), _opened(journal_path) as fd:
         held = not _can_lock(fd)
-        records = [record for record, _ in journal.read(fd)]
+        for record, _ in journal.read(fd):
+            records[1:] = [record] if records else []
+            records = records or [record]
+            del record
         if not records and not _begins_as_ours(fd):
             return None
         paths.append(journal_path)
@@ -244,7 +345,7 @@ def _leftover(directory: str, name: str) -> Leftover | None:
         sum(512 * s.st_blocks for s in stats),
         stats[0].st_mtime,
         held,
-        tuple(records[:1] + records[1:][-1:]),
+        tuple(records),
     )
 
 
@@ -283,4 +384,4 @@ def _can_lock(fd: int) -> bool:
 
 def _is_data(fd: int) -> bool:
     """Whether a file without a journal begins as a scratch file of ours."""
-    return os.pread(fd, 8, 0) == b"LONGTAPE"
+    return journal.exactly(fd, 8, 0) == b"LONGTAPE"

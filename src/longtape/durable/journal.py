@@ -11,13 +11,14 @@ A record is (little endian)::
     8  length of the payload     …  payload, raw bytes
     16 run id                    8  xxh3_64 of text and payload
 
-Invariants: whatever the bytes of a file, reading it ends, executes nothing, and allocates no
-more than the file is long and a few MiB; a record counts only if all before it do; an append
-that fails leaves the records before it as they were.
+Invariants: whatever the bytes of a file, reading it ends, executes nothing, and holds one record
+at a time, in no more bytes than it takes in the file and a few MiB; a record counts only if all
+before it do; an append that fails leaves the records before it as they were.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -41,10 +42,10 @@ class Record:
 
     run_id: bytes
     header: dict[str, Any]
-    payload: bytes
+    payload: bytes | bytearray
 
 
-def encode(run_id: bytes, number: int, header: Mapping[str, Any], payload: bytes = b"") -> bytes:
+def encode(run_id: bytes, number: int, header: Mapping[str, Any], payload: bytes | bytearray = b"") -> bytes:
     """A record as bytes."""
     text = json.dumps(header, separators=(",", ":")).encode()
     if len(text) > MOST_TEXT_NBYTES:
@@ -57,22 +58,34 @@ def encode(run_id: bytes, number: int, header: Mapping[str, Any], payload: bytes
     )
 
 
-def read(fd: int) -> Iterator[tuple[Record, int]]:
-    """The sound records from the start of a file, each with the offset at which it ends.  Raises `OSError`."""
+def read(fd: int, *, after: tuple[Record, int] | None = None) -> Iterator[tuple[Record, int]]:
+    """The sound records of a file, each with the offset at which it ends.
+
+    Args:
+        fd: Of the file.
+        after: The first record, if it is known; then only those that follow.
+
+    Raises:
+        OSError: The system could not read them.
+    """
     size, offset, number, run_id = os.fstat(fd).st_size, 0, 0, None
+    if after is not None:
+        offset, number, run_id = after[1], 1, after[0].run_id
     while (found := _read_one(fd, offset, size)) is not None:
         record, its_number, end = found
         if its_number != number or run_id not in (None, record.run_id):
             return
-        yield record, end
         offset, number, run_id = end, number + 1, record.run_id
+        del found
+        yield record, end
+        del record  # before the next one is read
 
 
 def _read_one(fd: int, offset: int, size: int) -> tuple[Record, int, int] | None:
     if size - offset < HEAD_NBYTES:
         return None
-    head = _exactly(fd, HEAD_NBYTES, offset)
-    if head is None or head[:8] != MAGIC:
+    head = exactly(fd, HEAD_NBYTES, offset)
+    if head[:8] != MAGIC:
         return None
     if _CHECKSUM.pack(xxh3_64_intdigest(head[: _FIELDS.size])) != head[_FIELDS.size :]:
         return None
@@ -80,11 +93,9 @@ def _read_one(fd: int, offset: int, size: int) -> tuple[Record, int, int] | None
     end = offset + HEAD_NBYTES + text_nbytes + payload_nbytes + _CHECKSUM.size
     if text_nbytes > MOST_TEXT_NBYTES or end > size:  # lengths are believed only as far as the file reaches
         return None
-    text = _exactly(fd, text_nbytes, offset + HEAD_NBYTES)
-    payload = _exactly(fd, payload_nbytes, offset + HEAD_NBYTES + text_nbytes)
-    checksum = _exactly(fd, _CHECKSUM.size, end - _CHECKSUM.size)
-    if text is None or payload is None or checksum is None:
-        return None
+    text = exactly(fd, text_nbytes, offset + HEAD_NBYTES)
+    payload = exactly(fd, payload_nbytes, offset + HEAD_NBYTES + text_nbytes)
+    checksum = exactly(fd, _CHECKSUM.size, end - _CHECKSUM.size)
     body = xxh3_64(text)
     body.update(payload)
     if _CHECKSUM.pack(body.intdigest()) != checksum:
@@ -96,15 +107,16 @@ def _read_one(fd: int, offset: int, size: int) -> tuple[Record, int, int] | None
     return (Record(run_id, header, payload), number, end) if isinstance(header, dict) else None
 
 
-def _exactly(fd: int, nbytes: int, offset: int) -> bytes | None:
-    parts, done = [], 0
-    while done < nbytes:
-        part = os.pread(fd, nbytes - done, offset + done)
-        if not part:
-            return None
-        parts.append(part)
-        done += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def exactly(fd: int, nbytes: int, offset: int) -> bytearray:
+    """So many bytes from an offset on, which the file must have, in one piece.  Raises `OSError`."""
+    found, done = bytearray(nbytes), 0
+    with memoryview(found) as room:
+        while done < nbytes:
+            read = os.preadv(fd, [room[done:]], offset + done)
+            if not read:
+                raise OSError(errno.EIO, f"the system read {done} of {nbytes} bytes and gave no reason")
+            done += read
+    return found
 
 
 class Journal:
@@ -121,13 +133,16 @@ class Journal:
         self._fd, self._run_id = fd, run_id
         self._end, self._count = end, count
 
-    def append(self, header: Mapping[str, Any], payload: bytes = b"") -> None:
+    def append(self, header: Mapping[str, Any], payload: bytes | bytearray = b"") -> None:
         """Append a record; on return it is durable.  Raises `OSError`; it may then be tried again."""
         data = memoryview(encode(self._run_id, self._count, header, payload))
         os.ftruncate(self._fd, self._end)
         done = 0
         while done < len(data):
-            done += os.pwrite(self._fd, data[done:], self._end + done)
+            written = os.pwrite(self._fd, data[done:], self._end + done)
+            if not written:
+                raise OSError(errno.EIO, f"the system wrote {done} of {len(data)} bytes and gave no reason")
+            done += written
         os.fdatasync(self._fd)
         self._end += len(data)
         self._count += 1

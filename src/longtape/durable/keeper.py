@@ -21,7 +21,7 @@ from typing import Any
 
 from longtape.actions import Key, Kind
 from longtape.durable import points
-from longtape.durable.home import Home
+from longtape.durable.home import Home, UnreadableJournal
 from longtape.durable.parts import pack, unpack
 from longtape.durable.points import Begin, Point, Stretch
 from longtape.engine.workers import Aside
@@ -34,6 +34,9 @@ from longtape.tiers.named import NamedDiskTier
 
 DEFAULT_SECONDS = 60.0
 """Of work that may be lost."""
+
+LEAST_ITEM_NBYTES = 4096
+"""The least that an item takes in the scratch file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class Resumable:
 
 def found_begin(home: Home) -> Begin | None:
     """What the run is that an earlier process began here; None if there is none."""
-    return points.read_begin(home.records[0]) if home.records else None
+    return points.read_begin(home.first) if home.first is not None else None
 
 
 def check_seconds(seconds: float) -> float:
@@ -105,8 +108,9 @@ class Keeper:
         """For which the run stood still to be made durable."""
         self.resumed_from: str | None = None
         self._aside = Aside("durable")
-        self._has_ended = True
         self._attempt: _Attempt | None = None
+        self._stuck: threading.Event | None = None
+        """Set once a read that was given up has ended, which until then may still fill our slot."""
         self._own: set[Key] = set()
         """Items of our own that are written, or being written."""
         self._known: dict[Key, int] = {}
@@ -144,18 +148,25 @@ class Keeper:
             )
 
     def _open_tier(self, limit: int | None) -> NamedDiskTier:
-        if self.begin is None and self._home.records:
-            header = self._home.records[0].header
+        if self.begin is None and self._home.first is not None:
+            header = self._home.first.header
             if header.get("what") == "begin" and header.get("format") != points.FORMAT:
                 raise ResumeError(
                     f"the run {self._home.name!r} in {self._home.directory} is of format {header.get('format')!r}, and "
                     f"this Longtape goes on with format {points.FORMAT}; finish it with the version that began it, "
                     f"or remove it (longtape clean {self._home.directory})"
                 )
+        if self._home.is_damaged:
+            self._fault(f"{self._home.journal_path} is damaged where it begins, so the run begins anew")
         if self.begin is not None:
-            self._point = points.read_point(self._home.records[1:])
+            if self._home.torn_nbytes:
+                self.notes.append(f"the last {self._home.torn_nbytes:,} bytes of the journal could not be read")
+            most = 2 * self._home.data_nbytes // LEAST_ITEM_NBYTES
             try:
+                self._point = points.read_point(self._home.later(), most=most)
                 return self._take_up(self.begin, limit)
+            except UnreadableJournal:
+                raise  # it could be read a moment ago: another call may go on with it
             except StorageError as error:
                 self.snapshots, self.residuals = set(), set()
                 self._fault(f"what an earlier process has made durable cannot be used, so the run begins anew: {error}")
@@ -179,7 +190,9 @@ class Keeper:
             self.snapshots = {key.step for key in entered if key.kind is Kind.SNAPSHOT}
             self.residuals = {key.step for key in entered if key.kind is Kind.RESIDUALS}
             self._journal = self._home.journal(begin.run_id)
-            self._aside_wait(lambda: self._put_back(tier, point.rows, self._source.put_rows))
+            for stretch in point.rows:
+                # Only what is put back by this thread comes back in time, or not at all.
+                self._source.put_rows(stretch.start, stretch.stop, self._fetched(tier, stretch))
         except BaseException:
             tier.close()
             raise
@@ -194,11 +207,10 @@ class Keeper:
         items.pop(Key(Kind.SNAPSHOT, 0), None)  # the caller has it
         return items
 
-    def _put_back(
-        self, tier: NamedDiskTier, stretches: Iterable[Stretch], put: Callable[[int, int, list[Bytes]], None]
-    ) -> None:
-        for stretch in stretches:
-            put(stretch.start, stretch.stop, self._parts(tier, stretch))
+    def _fetched(self, tier: NamedDiskTier, stretch: Stretch) -> list[Bytes]:
+        found: list[list[Bytes]] = []
+        self._aside_wait(lambda: found.append(self._parts(tier, stretch)))
+        return found[0]
 
     def _parts(self, tier: NamedDiskTier, stretch: Stretch) -> list[Bytes]:
         keys = stretch.names()
@@ -209,12 +221,18 @@ class Keeper:
         return unpack(sizes, lambda number, out: tier.read(keys[number], out))
 
     def _aside_wait(self, task: Callable[[], None]) -> None:
-        """Have our thread do it, and wait no longer than for anything else of the disk.  Raises what it raises."""
+        """Have our thread read something, and wait no longer than for anything else of the disk.
+
+        As every read that fails it is tried once more.  Raises what it raises.
+        """
         done, failure = threading.Event(), []
 
         def run() -> None:
             try:
-                task()
+                try:
+                    task()
+                except OSError:
+                    task()
             except Exception as error:
                 failure.append(error)
             finally:
@@ -222,6 +240,7 @@ class Keeper:
 
         self._aside.submit(run)
         if not done.wait(self._stuck_seconds):
+            self._stuck = done
             raise StorageError(f"no answer from storage for {self._stuck_seconds:g} s")
         if failure:
             raise failure[0]
@@ -348,13 +367,6 @@ class Keeper:
             return
         if point.adjoint is None:
             return
-        found: list[tuple[Stretch, list[Bytes]]] = []
-
-        def read() -> None:
-            for stretch in [point.adjoint, *point.bars]:
-                if stretch is not None:
-                    found.append((stretch, self._parts(self.tier, stretch)))
-
         if point.seed != self._seed:
             self._fault(
                 "the adjoint at the end is another one than that of the run that is resumed, so its reverse sweep "
@@ -362,13 +374,14 @@ class Keeper:
             )
         else:
             try:
-                self._aside_wait(read)
+                adjoint = self._fetched(self.tier, point.adjoint)
+                bars = [(stretch, self._fetched(self.tier, stretch)) for stretch in point.bars]
             except OSError as error:
                 self._fault(f"the adjoint cannot be read back, so the reverse sweep begins anew: {error}")
             else:
                 # From here on nothing may fail but loudly: the adjoint of the end is overwritten.
-                self._source.put_adjoint(found[0][1])
-                for stretch, parts in found[1:]:
+                self._source.put_adjoint(adjoint)
+                for stretch, parts in bars:
                     self._source.put_bars(stretch.start, stretch.stop, parts)
                 self._stock.adjoint = self._adjoint_at = self._bars_from = point.adjoint.start
                 self.resumed_from = f"the adjoint of step {point.adjoint.start:,}"
@@ -388,6 +401,8 @@ class Keeper:
         self, *, state: int | None = None, reached: int | None = None, adjoint: bool = False, is_final: bool = False
     ) -> None:
         if os.getpid() != self._process or not self._settle_attempt(wait=False):
+            return
+        if self._stuck is not None and not self._stuck.is_set():
             return
         began = self._clock()
         fresh: list[Key] = []
@@ -476,7 +491,8 @@ class Keeper:
             attempt.blocks = []
             attempt.written.set()
             if not attempt.abandoned:
-                self._record(attempt)
+                with self._home.in_use():
+                    self._record(attempt)
         except Exception as error:  # dealt with on the executor's thread
             attempt.error = error
         finally:
@@ -501,7 +517,7 @@ class Keeper:
         attempt = self._attempt
         if attempt is None:
             return True
-        if not attempt.done.wait(self._stuck_seconds if wait else 0.0):
+        if not attempt.done.wait(self._stuck_seconds if wait and not attempt.abandoned else 0.0):
             return False
         self._attempt = None
         if attempt.abandoned or attempt.error is not None:
@@ -538,12 +554,21 @@ class Keeper:
     def stop(self) -> None:
         """Let the point under way end; no further one is made.  Idempotent; before the tier is closed."""
         self._settle_attempt(wait=True)
-        self._has_ended = self._aside.close(0.0 if self._attempt is not None else self._stuck_seconds)
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.abandoned = True
+        is_busy = attempt is not None or (self._stuck is not None and not self._stuck.is_set())
+        self._aside.close(0.0 if is_busy else self._stuck_seconds)
 
     def finish(self) -> None:
-        """The run has ended well: remove its files."""
-        if self._has_ended:
-            self._home.remove()
+        """The run has ended well: remove its files.  Before the tier is closed, which gives back their room."""
+        self.stop()
+        left = self._home.remove()
+        if left:
+            self._fault(
+                f"{' and '.join(left)} could not be removed; remove what is left with "
+                f"longtape clean {self._home.directory}"
+            )
         self._home.close()
 
     def close(self) -> None:

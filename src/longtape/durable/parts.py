@@ -10,17 +10,25 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from longtape.errors import DamagedBlock
+from longtape.errors import DamagedBlock, StorageError
 from longtape.protocols import Bytes
 
 GROUP_NBYTES = 1 << 20
+
+MOST_ARRAYS = 1 << 17
+"""So that what is made of their sizes takes a few MiB, whatever a file says."""
 
 
 def pack(arrays: Sequence[Bytes]) -> list[Bytes]:
     """Blocks that hold the arrays: first their sizes, then groups of them.
 
     An array that is alone in its group is not copied.
+
+    Raises:
+        StorageError: There are more than `MOST_ARRAYS`.
     """
+    if len(arrays) > MOST_ARRAYS:
+        raise StorageError(f"{len(arrays):,} arrays cannot be made durable at once; the most is {MOST_ARRAYS:,}")
     sizes = np.array([array.nbytes for array in arrays], "<i8").view(np.uint8)
     parts = [[arrays[k] for k in group] for group in _groups([array.nbytes for array in arrays])]
     return [sizes, *(part[0] if len(part) == 1 else np.concatenate(part) for part in parts)]
@@ -36,7 +44,7 @@ def unpack(nbytes: Sequence[int], read: Callable[[int, Bytes], None]) -> list[By
     Raises:
         DamagedBlock: The blocks do not fit each other.
     """
-    if not nbytes or nbytes[0] % 8:
+    if not nbytes or nbytes[0] % 8 or nbytes[0] > 8 * MOST_ARRAYS:
         raise DamagedBlock("the sizes of what was made durable are missing")
     first = np.empty(nbytes[0], np.uint8)
     read(0, first)

@@ -18,6 +18,7 @@ import numpy as np
 
 from longtape.actions import Key, Kind
 from longtape.durable.journal import Record
+from longtape.errors import DamagedBlock
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.plan.predict import Prediction
@@ -64,6 +65,11 @@ class Point:
     count: int = 0
     """How many points there were."""
 
+    @property
+    def parts(self) -> int:
+        """How many parts its stretches name."""
+        return sum(s.count for s in [*self.rows, *self.bars, *([self.adjoint] if self.adjoint else [])])
+
 
 @dataclass(frozen=True, slots=True)
 class Begin:
@@ -73,7 +79,7 @@ class Begin:
     fingerprint: dict[str, str]
     front: dict[str, Any]
     """What the front end wants to know again."""
-    extra: bytes
+    extra: bytes | bytearray
     choice: Choice
     costs: Costs
     title: str
@@ -145,18 +151,38 @@ def items_payload(there: Iterable[tuple[Key, Place]], gone: Iterable[Key]) -> by
     return np.array(table, "<i8").reshape(-1, _COLUMNS).tobytes()
 
 
-def read_point(records: Iterable[Record]) -> Point:
-    """What the points after each other come to; a record that makes no sense ends them."""
-    point = Point()
+def read_point(records: Iterable[Record], *, most: int) -> Point:
+    """What the points after each other come to; a record that makes no sense ends them.
+
+    Args:
+        records: Those after "begin".
+        most: How many items the scratch file can hold, twice over, for new ones are entered before old ones go.
+
+    Raises:
+        DamagedBlock: The records name more; nothing of them can be believed.
+    """
+    point, parts = Point(), 0
     for record in records:
-        if not _apply(point, record):
+        if len(record.payload) % (8 * _COLUMNS) or not apply_header(point, record):
             break
+        parts += _parts_of(record)
+        if parts > most:  # of the adjoints only the last one counts
+            parts = point.parts
+        if parts > most or not _apply_items(point, record.payload, most):
+            raise DamagedBlock(f"the journal names more items than the scratch file can hold ({most // 2:,})")
     return point
 
 
-def _apply(point: Point, record: Record) -> bool:
-    header, payload = record.header, record.payload
-    if header.get("what") != "point" or len(payload) % (8 * _COLUMNS):
+def _parts_of(record: Record) -> int:
+    """How many parts a record adds, at most."""
+    found = [record.header.get(name) for name in ("adjoint", "rows", "bars")]
+    return sum(stretch["count"] for stretch in found if stretch)
+
+
+def apply_header(point: Point, record: Record) -> bool:
+    """Where the run was, without its items; False, and nothing is changed, if the record makes no sense."""
+    header = record.header
+    if header.get("what") != "point":
         return False
     reached: Any = header.get("reached")
     turned, seed = header.get("turned"), header.get("seed")
@@ -173,15 +199,23 @@ def _apply(point: Point, record: Record) -> bool:
     point.rows += [rows] if rows else []  # type: ignore[list-item]
     point.bars += [bars] if bars else []  # type: ignore[list-item]
     point.count += 1
+    return True
+
+
+def _apply_items(point: Point, payload: bytes | bytearray, most: int) -> bool:
+    """Items come and go; False as soon as there are more than `most`."""
+    items = point.items
     for row in np.frombuffer(payload, "<i8").reshape(-1, _COLUMNS):
         code, step, reserved, written, offset, sequence = row.tolist()
         if code not in KINDS:
             continue
         key = Key(KINDS[code], step)
         if written == _GONE:
-            point.items.pop(key, None)
-        elif min(reserved, written, offset, sequence) >= 0:
-            point.items[key] = Place(key, reserved, written, offset, sequence)
+            items.pop(key, None)
+        elif all(map(_is_count, (step, reserved, written, offset, sequence))):
+            items[key] = Place(key, reserved, written, offset, sequence)
+            if len(items) > most:
+                return False
     return True
 
 
@@ -193,7 +227,7 @@ def _stretch(found: Any) -> Stretch | bool | None:
     if not isinstance(found, dict) or sorted(found) != sorted(names) or not all(map(_is_count, found.values())):
         return False
     stretch = Stretch(**found)
-    return stretch if stretch.count <= 1 << 24 else False
+    return stretch if stretch.count > 0 else False
 
 
 def _is_count(value: Any) -> bool:

@@ -30,7 +30,9 @@ def take_up(course: Course, outward: ForwardSweep) -> Generator[Action, None, in
     course.work, course.adjoint = None, course.windows(stock.steps) - 1
     yield Turn()
     if stock.adjoint is not None:
-        course.adjoint = stock.adjoint // window - 1
+        if stock.adjoint % window and stock.adjoint != stock.steps:
+            raise PlanError(f"the adjoint of step {stock.adjoint} lies inside a window of {window} steps")
+        course.adjoint = course.windows(stock.adjoint) - 1  # the last window may be short, and yet to be reversed
     return None
 
 

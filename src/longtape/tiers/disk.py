@@ -287,4 +287,5 @@ class DiskTier:
         self._extents.give_back(entry.offset, self._file.size_of(entry.nbytes))
 
     def _close_file(self) -> None:
-        os.close(self._scratch.fd)
+        with contextlib.suppress(OSError):  # it is closed all the same, and nobody waits for what was in it
+            os.close(self._scratch.fd)

@@ -1,7 +1,7 @@
 """Keeps the books of a tier: what is reserved, what was written, what is under way.
 
 Owns those facts and the counters; must not know where the bytes go.  `add`, `remove`,
-`take_late` and `close` are called on the executor's thread, `begin` and `end` on workers.  One
+`take_late` and `close` are called on the executor's thread, `begin`, `end` and `held` on workers.  One
 lock guards it all and is never held across I/O.
 
 Invariants: an item has at most one transfer at a time; an item taken out while a
@@ -12,7 +12,8 @@ is released once, after the last transfer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from longtape.actions import Key
@@ -133,6 +134,21 @@ class Ledger:
             idle = self._closed and self._under_way == 0
         if idle:
             self._on_idle()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What is under way meanwhile is no transfer, but `on_idle` waits for it.  Raises `StateError` when closed."""
+        with self._lock:
+            self._require_open()
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                idle = self._closed and self._under_way == 0
+            if idle:
+                self._on_idle()
 
     def close(self) -> None:
         """Refuse all that comes later; idempotent."""

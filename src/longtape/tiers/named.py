@@ -68,9 +68,13 @@ class NamedDiskTier(DiskTier):
     def _set_up(self, scratch: Scratch) -> None:
         super()._set_up(scratch)
         owner = block.header(self.run_id, _OWNER, 0, _NOTHING)
-        if self._is_new:
-            self._file.write(0, _NOTHING, owner)
-        elif self._file.read(0, _NOTHING, block.HEADER_NBYTES) != owner:
+        try:
+            if self._is_new:
+                self._file.write(0, _NOTHING, owner)
+            found = owner if self._is_new else self._file.read(0, _NOTHING, block.HEADER_NBYTES)
+        except OSError as error:
+            raise self._explained(error, f"to open {self.path}") from error
+        if found != owner:
             raise DamagedBlock(f"{self.path} does not begin as the scratch file of this run must")
         self._extents.claim([(0, self._file.block)])
         self.file_bytes = os.fstat(scratch.fd).st_size
@@ -109,7 +113,8 @@ class NamedDiskTier(DiskTier):
 
     def sync(self) -> None:
         """Wait until all that was written is on the device.  Raises `OSError`."""
-        os.fdatasync(self._scratch.fd)
+        with self._ledger.held():
+            os.fdatasync(self._scratch.fd)
 
     @property
     def retired(self) -> int:

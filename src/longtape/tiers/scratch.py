@@ -26,6 +26,7 @@ _IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LEAST_BLOCK = 4096
 _LARGEST_BLOCK = 65536
+_REMEDY = "see to the disk, or name another directory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def open_scratch(directory: str | os.PathLike[str], *, direct: bool | None = Non
         os.close(fd)
         if isinstance(error, StorageError):
             raise
-        raise StorageError(error.errno, f"the scratch file in {path} cannot be set up: {error}") from error
+        raise StorageError(error.errno, f"the scratch file in {path} cannot be set up: {error}; {_REMEDY}") from error
     except BaseException:
         os.close(fd)
         raise
@@ -100,9 +101,12 @@ def open_named(path: str, *, is_new: bool, direct: bool | None = None) -> Scratc
             os.close(fd)
             raise
     except OSError as error:
-        raise StorageError(error.errno, f"the scratch file {path} cannot be opened: {error.strerror}") from error
+        raise StorageError(
+            error.errno, f"the scratch file {path} cannot be opened: {error.strerror}; {_REMEDY}"
+        ) from error
     finally:
-        os.close(trial.fd)
+        with contextlib.suppress(OSError):  # it is closed all the same
+            os.close(trial.fd)
     return replace(trial, fd=fd)
 
 
@@ -117,7 +121,9 @@ def _open_anonymous(path: str) -> int:
         fd, name = tempfile.mkstemp(prefix=".longtape-", dir=path)  # mode 0600
     except OSError as error:
         if error.errno in _FULL | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}:
-            raise StorageError(error.errno, f"no scratch file can be made in {path}: {error.strerror}") from error
+            raise StorageError(
+                error.errno, f"no scratch file can be made in {path}: {error.strerror}; {_REMEDY}"
+            ) from error
         raise UsageError(
             f"no scratch file can be made in {path} ({error.strerror}); name a directory you can write to"
         ) from error
@@ -125,7 +131,9 @@ def _open_anonymous(path: str) -> int:
         os.unlink(name)
     except OSError as error:
         os.close(fd)
-        raise StorageError(error.errno, f"the scratch file {name} cannot be made anonymous: {error}") from error
+        raise StorageError(
+            error.errno, f"the scratch file {name} cannot be made anonymous: {error}; {_REMEDY}"
+        ) from error
     return fd
 
 

@@ -30,16 +30,17 @@ def bytes_of(tensor: torch.Tensor) -> Bytes:
     return found
 
 
-def _tensor(data: Bytes, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the type, shape and device of another from its bytes, which it keeps."""
+def _tensor(data: Bytes, like: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A tensor of the type and shape of another from its bytes, which it keeps; on its device if none is given."""
     if data.nbytes != like.numel() * like.element_size():
         raise DamagedBlock(
             f"a tensor of {data.nbytes} bytes was made durable where one of shape {list(like.shape)} is due"
         )
+    device = like.device if device is None else device
     if not data.nbytes:
-        return like.new_empty(like.shape)
+        return torch.empty(like.shape, dtype=like.dtype, device=device)
     own = np.array(data)  # aligned, and written to later
-    return torch.from_numpy(own).view(like.dtype).reshape(like.shape).to(like.device)
+    return torch.from_numpy(own).view(like.dtype).reshape(like.shape).to(device)
 
 
 class DurableScan:
@@ -140,8 +141,9 @@ class DurableScan:
         parts = []
         for _ in range(count):
             dtype, *shape = next(rest).view("<i8").tolist()
-            device = self._job.init[0].device if self._job.init else None
-            parts.append(_tensor(next(rest), torch.empty(shape, dtype=_DTYPES[dtype], device=device)))
+            device = self._job.init[0].device if self._job.init else torch.get_default_device()
+            like = torch.empty(shape, dtype=_DTYPES[dtype], device="meta")  # which takes no memory, whatever its shape
+            parts.append(_tensor(next(rest), like, device))
         return None if not parts else parts[0] if len(parts) == 1 else tuple(parts)
 
     def bars(self, start: int, stop: int) -> list[Bytes]:

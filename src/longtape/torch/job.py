@@ -57,7 +57,7 @@ class Randomness:
         others = [torch.get_device_module(device).get_rng_state(device) for device in self._others]
         return torch.cat([torch.get_rng_state(), *others])
 
-    def go_back(self, state: bytes) -> None:
+    def go_back(self, state: bytes | bytearray) -> None:
         """Random numbers are drawn, beginning with this state, with which an earlier process began."""
         if len(state) == self.at_start.numel():
             self.used = True
@@ -517,8 +517,15 @@ class ScanJob:
             self.tape_nbytes = UNKNOWN_NBYTES
             self.load_initial()
             return step.tape(0, self.carry, x)[1]
-        for tensor in [*step.closed_over(), *self.inputs.stacked]:
-            saved.pop(tensor.untyped_storage().data_ptr(), None)
+        # A tape holds what its step was given and returned even where nothing of it is saved; the carry that it was
+        # given is the one that the tape before it returned.
+        for tensor in [*tape.x_in, *tape.carry_out, *tape.y_out]:
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                saved[storage.data_ptr()] = storage.nbytes()
+        for tensor in [*step.closed_over(), *self.inputs.stacked, *tape.carry_in]:
+            if tensor.layout is torch.strided:
+                saved.pop(tensor.untyped_storage().data_ptr(), None)
         self.tape_nbytes = sum(saved.values())
         return tape
 
