@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import weakref
 
 from longtape.actions import Key
 from longtape.errors import DamagedBlock, StorageError, StorageFull, UsageError
@@ -70,6 +71,9 @@ class DiskTier:
         except BaseException:  # an interrupt, or no memory: nobody else knows the file
             os.close(scratch.fd)
             raise
+        # A tier that nobody has closed, and nobody refers to: its file takes room on the disk.
+        self._closing = weakref.finalize(self, os.close, scratch.fd)
+        self._closing.atexit = False
 
     def _open(self, directory: str, direct: bool | None) -> Scratch:
         return open_scratch(directory, direct=direct)
@@ -287,4 +291,4 @@ class DiskTier:
         self._extents.give_back(entry.offset, self._file.size_of(entry.nbytes))
 
     def _close_file(self) -> None:
-        os.close(self._scratch.fd)
+        self._closing()
