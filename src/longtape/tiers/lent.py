@@ -13,6 +13,7 @@ import contextlib
 from typing import Any
 
 from longtape.actions import Key
+from longtape.errors import StateError
 from longtape.protocols import Bytes, Tier
 
 
@@ -49,5 +50,5 @@ class LentTier:
     def close(self) -> None:
         """Give the room of every item back, and leave the tier open; idempotent."""
         while self._keys:
-            with contextlib.suppress(OSError):  # its owner will meet the same when it is closed
+            with contextlib.suppress(OSError, StateError):  # broken, or closed by its owner already
                 self.inner.release(self._keys.pop())
