@@ -45,7 +45,7 @@ Schedule = Literal["store_all", "revolve", "online", "asynchronous", "residuals"
 """`choose` takes any but the last; *given* is a schedule that the caller brings, see `scheduled`."""
 
 LARGEST_BLOCK = 8 * 2**20
-"""Bytes beyond which a larger residual block gains nothing: a block costs compute some 0.2 ms, whatever its size."""
+"""Bytes beyond which a larger residual block gains nothing: each costs compute some 0.4 ms, whatever its size."""
 
 BLOCKS_OF_LARGEST = 8
 """How many of these must fit the memory; where they do not, blocks are smaller."""
