@@ -14,6 +14,9 @@
 
 Each run is a process of its own, the cases take turns, and figures are medians.  *Ideal* is
 as in `benchmarks.overhead`.  ``--quick`` is for trying the program, not for figures.
+
+``--only CASE …`` runs some of the cases, named by what stands before the comma, so that a
+part can be run in slices: runs join those in the file that the same sources gave.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import subprocess
 import tempfile
 import time
 from itertools import pairwise
@@ -147,12 +151,14 @@ def growth_cases(lengths: tuple[int, int], disk: str) -> dict[str, tuple[Any, tu
 
 
 def per_step(results: dict[str, dict[str, Any]], lengths: tuple[int, int]) -> dict[str, float]:
-    """Bytes a step by which memory grows from the shorter to the longer run, for each way."""
+    """Bytes a step by which memory grows from the shorter to the longer run, for each way that was run at both."""
     short, long = lengths
     found = {}
     for way in ("Sweep", "scan"):
-        grown = [results[f"{way} N={steps}"]["rss_growth_bytes"] for steps in lengths]
-        found[way] = (grown[1] - grown[0]) / (long - short)
+        names = [f"{way} N={steps}" for steps in lengths]
+        if all(name in results for name in names):
+            grown = [results[name]["rss_growth_bytes"] for name in names]
+            found[way] = (grown[1] - grown[0]) / (long - short)
     return found
 
 
@@ -166,23 +172,22 @@ def print_growth(short: int, long: int, disk: str) -> None:
 # Together ----------------------------------------------------------------------------------------
 
 
-def cases_of(part: str, disk: str, quick: bool) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def cases_of(part: str, disk: str, quick: bool, needed: float) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     if part == "lstm":
-        lengths = (300, 600) if quick else (4_000, 16_000, 100_000)
+        lengths = (300, 600) if quick else (4_000, 16_000, LONGEST)
         found = {f"N={n}, 64 MiB": (lstm, (n, 64 * MIB, disk)) for n in lengths}
         found[f"N={lengths[1]}, 256 MiB"] = (lstm, (lengths[1], 256 * MIB, disk))
         for n in lengths[:2]:
             found[f"plain autograd N={n}"] = (lstm_peer, ("store everything", n))
         return found
     if part == "wide":
-        n = 300 if quick else 16_000
-        return {f"N={n}, {m} MiB": (lstm, (n, m * MIB, disk, None, 1024)) for m in (64, 256)}
+        lengths = (300,) if quick else (2_000, 16_000)
+        return {f"N={n}, {m} MiB": (lstm, (n, m * MIB, disk, None, 1024)) for n in lengths for m in (64, 256)}
     if part == "stencil":
         return {f"N={n}": (stencil, (n, 16, disk, COSTLY)) for n in ((20,) if quick else (100, 400))}
     if part == "growth":
         return growth_cases(GROWTH_QUICK if quick else GROWTH, disk)
-    n, needed = (400 if quick else 8_000), common.apart(needs, 256)["bytes_per_second"]
-    memory = (8 if quick else 16) * MIB
+    n, memory = (400 if quick else 4_000), (8 if quick else 16) * MIB
     if part == "compression":
         return {
             f"1/{share}, {codec or 'no codec'}": (lstm, (n, memory, disk, None, 256, needed / share, codec))
@@ -196,6 +201,8 @@ def cases_of(part: str, disk: str, quick: bool) -> dict[str, tuple[Any, tuple[An
     return found
 
 
+LONGEST = 80_000
+"""Steps of the longest LSTM: their residuals take 34 GiB of disk."""
 GROWTH, GROWTH_QUICK = (10_000, 1_000_000), (2_000, 20_000)
 
 
@@ -204,6 +211,8 @@ def judged(part: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     ratios = {name: found["ratio_to_ideal"] for name, found in results.items() if "ratio_to_ideal" in found}
     if part in ("lstm", "wide", "stencil"):
         ours = {name: ratio for name, ratio in ratios.items() if not name.startswith("plain")}
+        if not ours:
+            return {}
         return {
             "largest_ratio_to_ideal": max(ours.values()),
             "seconds_per_step_spread": max(ours.values()) / min(ours.values()) - 1.0,
@@ -214,7 +223,7 @@ def judged(part: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         return {
             "rises_as_bandwidth_falls": all(b >= 0.98 * a for a, b in pairwise(mixed)),
             "over_snapshots_alone": {
-                name: ratios[name] / ratios[f"{name}, snapshots alone"] for name in ratios if "alone" not in name
+                name: ratios[name] / ratios[other] for name in ratios if (other := f"{name}, snapshots alone") in ratios
             },
             "measured_over_predicted": {
                 name: results[name]["sweeps_seconds"] / results[name]["predicted_seconds"] for name in ratios
@@ -223,27 +232,61 @@ def judged(part: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {}
 
 
+# Slices ------------------------------------------------------------------------------------------
+
+
+def sources() -> str:
+    """What the package's files are, by Git; where some differ from it, by nothing but this moment."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=common.RESULTS.parent, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    return f"changed {time.time()}" if git("status", "--porcelain", "--", "../src") else git("rev-parse", "HEAD:src")
+
+
+def earlier(name: str) -> dict[str, Any]:
+    """The document of this part, if the same sources gave it."""
+    path = common.RESULTS / f"{name}.json"
+    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return document if document.get("settings", {}).get("sources") == sources() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("lstm", "wide", "throttled", "stencil", "compression", "growth"))
     parser.add_argument("--repeats", type=int, default=None, help="3, or 1 where it is quick")
     parser.add_argument("--disk", default=None, help="directory to spill to; a temporary one if not given")
+    parser.add_argument("--only", nargs="*", default=None, metavar="CASE", help="run these, and add them to the file")
     parser.add_argument("--quick", action="store_true", help="short runs, printed and not kept")
     arguments = parser.parse_args()
     repeats = arguments.repeats or (1 if arguments.quick else 3)
+    part, quick, name = arguments.part, arguments.quick, f"residuals_{arguments.part}"
+    before = {} if quick else earlier(name)
+    found = {case: list(result["runs"]) for case, result in before.get("results", {}).items()}
+    settings = before.get("settings", {"sources": sources()})
+    if part in ("throttled", "compression") and "needs" not in settings:
+        settings["needs"] = common.apart(needs, 256)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=arguments.disk) as disk:
-        outcomes = common.interleave_apart(cases_of(arguments.part, disk, arguments.quick), repeats=repeats)
-    results = {name: medians(found) for name, found in outcomes.items()}
-    summary = judged(arguments.part, results)
-    if arguments.part == "growth":
-        summary = {"bytes_per_step": per_step(results, GROWTH_QUICK if arguments.quick else GROWTH)}
-    settings = {"repeats": repeats, "seconds_in_all": time.perf_counter() - began, "summary": summary}
-    name = f"residuals_{arguments.part}"
-    if arguments.quick:
+        cases = cases_of(part, disk, quick, settings.get("needs", {}).get("bytes_per_second", 0.0))
+        wanted = {case: how for case, how in cases.items() if chosen(case, arguments.only)}
+        for case, runs in common.interleave_apart(wanted, repeats=repeats).items():
+            found.setdefault(case, []).extend(runs)
+    results = {case: {**medians(found[case]), "runs": found[case]} for case in cases if case in found}
+    settings["seconds_in_all"] = settings.get("seconds_in_all", 0.0) + time.perf_counter() - began
+    settings["summary"] = judged(part, results)
+    if part == "growth":
+        settings["summary"] = {"bytes_per_step": per_step(results, GROWTH_QUICK if quick else GROWTH)}
+    if quick:
         print(settings, *results.items(), sep="\n")
     else:
         common.write(name, settings, results)
+
+
+def chosen(case: str, only: list[str] | None) -> bool:
+    """Whether to run a case, named in full or by what stands before the comma."""
+    return not only or case in only or case.partition(",")[0] in only
 
 
 if __name__ == "__main__":

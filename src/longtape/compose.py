@@ -39,6 +39,7 @@ from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
+from longtape.tiers.lent import LentTier
 from longtape.tiers.pool import SlotPool
 
 ALIGNMENT = 4096
@@ -98,7 +99,7 @@ class Settings:
     disk_limit: int | str | None = None
     observers: Sequence[Observer] = ()
     tier: Tier | None = None
-    """A tier to use in place of a scratch file in `disk`."""
+    """A tier to use in place of a scratch file in `disk`; its owner closes it."""
     costs: Costs | None = None
     """Times to plan with; measured on the job when None."""
     compress: str | None = None
@@ -298,7 +299,7 @@ class Run:
         if self._transcript is not None and not self._transcript.uses_disk:
             return None
         if settings.tier is not None:
-            return settings.tier
+            return LentTier(settings.tier)
         if settings.disk is None:
             return None
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)

@@ -468,7 +468,7 @@ class Sweep:
         reverse_args: What ``reverse.apply`` would be given.  Values of their arrays may
             change until `reverse` is called, the arrays may not.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
         costs: Times to plan with, such as `costs` of an earlier sweep through the same
             operators; measured when None, without touching the operators' arrays.

@@ -556,7 +556,7 @@ class SingleLevelRevolver(BaseRevolver):
             fetched, with what it was the first time, bit for bit; 8 bytes an array and step.
         stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with; measured on the first steps when None.
 
     Raises:

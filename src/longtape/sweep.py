@@ -439,7 +439,7 @@ class Sweep:
         disk: Directory for a private scratch file, or None to recompute in memory only.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with; measured on the model when None.
         verify: Compare every state that is computed again, or fetched, with what it was the
             first time, bit for bit.  Takes a hash a step, and 8 bytes an array and step

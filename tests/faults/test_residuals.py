@@ -3,6 +3,7 @@
 import random
 import time
 import warnings
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -81,4 +82,5 @@ def test_lost_at_random(steps, units, initial_is_free, bandwidth, likely, seed):
 @pytest.mark.parametrize("holds", [("write",), ("read",), ("write", "read")])
 def test_storage_jams(holds):
     for at in (0, 1, 4, 11, 20):
-        sweep(Jamming(at, holds), stuck_seconds=0.03)
+        with closing(Jamming(at, holds)) as tier:
+            sweep(tier, stuck_seconds=0.03)

@@ -1,6 +1,7 @@
 """Storage that does not answer: the sweep goes on without it, in bounded time."""
 
 import time
+from contextlib import closing
 
 import pytest
 from hypothesis import given, settings
@@ -40,17 +41,18 @@ class Jamming(GatedTier):
 def test_whenever_it_jams(monkeypatch, kind, holds):
     impatient(monkeypatch, 0.05)
     for at in (0, 1, 2, 5, 9, 14):
-        tier = Jamming(at, holds)
-        began = time.monotonic()
-        report = run(kind=kind, tier=tier).report
-        assert time.monotonic() - began < 3.0
+        with closing(Jamming(at, holds)) as tier:
+            began = time.monotonic()
+            report = run(kind=kind, tier=tier).report
+            assert time.monotonic() - began < 3.0
         assert report.measured.stall_seconds < 1.0
 
 
 @pytest.mark.parametrize("holds", [("write",), ("read",)])
 def test_it_jams_while_it_is_tried(monkeypatch, holds):
     impatient(monkeypatch, 0.1)
-    report = run(tier=Jamming(0, holds), probing=True).report
+    with closing(Jamming(0, holds)) as tier:
+        report = run(tier=tier, probing=True).report
     assert "no answer" in report.faults[0]
     assert report.schedule in ("revolve", "store_all")
 
@@ -65,7 +67,8 @@ def test_a_jam_that_dissolves_in_between(monkeypatch):
             tier._left = 10**9
             tier.open()
 
-        run(tier=tier, between=open_gate, steps=60)
+        with closing(tier):
+            run(tier=tier, between=open_gate, steps=60)
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,5 +95,6 @@ def test_interleavings(kind, slots, steps, at, held):
     def flood(sweep):
         tier.let(10_000)
 
-    report = run(kind=kind, slots=slots, steps=steps, tier=tier, observers=[Opener()], between=flood).report
+    with closing(tier):
+        report = run(kind=kind, slots=slots, steps=steps, tier=tier, observers=[Opener()], between=flood).report
     assert not report.faults

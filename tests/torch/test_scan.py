@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from longtape.errors import BudgetError, StateError, StepError, UsageError
 from longtape.plan.choose import choose
+from longtape.tiers.disk import DiskTier
 from longtape.torch import scan
 
 SMALL: dict[str, Any] = {"memory": 240, "capture": False}
@@ -251,6 +253,30 @@ def test_random_numbers_that_begin_late_are_replayed() -> None:
         return (torch.sin(h * torch.rand(3, dtype=F64)) if int(k) > 4 else h * 2, k + 1), None
 
     check(Case(step, (leaf(3), torch.tensor(0)), None, 12), memory=12_000)
+
+
+def test_a_tier_of_the_callers_is_left_empty_and_open_however_often_the_sweeps_begin(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choose_storage(problem: Any, costs: Any) -> Any:
+        one_by_one = replace(problem, max_window=1, memory_nbytes=3 * problem.state_nbytes)
+        return choose(one_by_one, replace(costs, forward=1.0, reverse=1.0))
+
+    monkeypatch.setattr("longtape.compose.choose", choose_storage)
+
+    def step(carry: tuple[Tensor, Tensor], x: Tensor) -> tuple[tuple[Tensor, Tensor], None]:
+        h, k = carry
+        return (torch.sin(h * torch.rand(3, dtype=F64)) if int(k) > 40 else torch.sin(h + x), k + 1), None
+
+    case = Case(step, (leaf(3), torch.tensor(0)), leaf(90, 3))
+    expected = case.outcome(plain)
+    with closing(DiskTier(scratch)) as tier:
+        for _ in range(2):  # each begins anew when random numbers begin
+            reports: list[Any] = []
+            options = {"memory": 30_000, "tier": tier, "capture": False, "on_report": reports.append}
+            assert_same(case.outcome(scan, **options), expected)
+            assert reports[0].report.writes > 0
+            assert tier.bytes_in_use == 0
 
 
 @pytest.mark.parametrize("capture", [False, True])

@@ -98,12 +98,12 @@ class Workers:
         return not any(thread.is_alive() for thread in self._threads)
 
 
-def close_aside(tier: Tier, patience: float = 0.25) -> None:
+def close_aside(tier: Tier, patience: float = 0.02) -> None:
     """Close a tier without making the caller wait long.
 
     A file system may take a tenth of a second a gigabyte to give back the room of a
-    file; that needs nobody's attention.  Should the process end first, the system
-    closes the file.
+    file; that needs nobody's attention, and a run of some seconds would be a twentieth
+    longer.  Should the process end first, the system closes the file.
     """
     thread = threading.Thread(target=tier.close, name="longtape-close", daemon=True)
     thread.start()

@@ -63,7 +63,7 @@ def scan(
         disk: Directory for a private scratch file; None recomputes within memory.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with; measured on the first steps when None.
         on_plan: Called with the chosen plan before the forward sweep.
         on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
@@ -136,7 +136,7 @@ def while_loop(
         disk_limit: Most bytes of it.
         max_steps: Stop after so many steps in any case.
         observers: Objects with `on_action` and `on_transfer`.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with.
         on_plan: Called with the chosen plan.
         on_report: Called with the run after each reverse sweep.

@@ -44,8 +44,11 @@ from longtape.plan.recording import Recording, predict_residuals
 Schedule = Literal["store_all", "revolve", "online", "asynchronous", "residuals", "given"]
 """`choose` takes any but the last; *given* is a schedule that the caller brings, see `scheduled`."""
 
-LARGEST_BLOCK = 4 * 2**20
-"""Bytes beyond which a larger residual block gains nothing."""
+LARGEST_BLOCK = 8 * 2**20
+"""Bytes beyond which a larger residual block gains nothing: each costs compute some 0.4 ms, whatever its size."""
+
+BLOCKS_OF_LARGEST = 8
+"""How many of these must fit the memory; where they do not, blocks are smaller."""
 
 SMALLEST_GOOD_BLOCK = 2**20
 """Bytes below which storage does not reach its bandwidth."""
@@ -370,7 +373,10 @@ def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
 
 
 def _block_windows(problem: Problem, costs: Costs) -> list[int]:
-    """Blocks as small as keeps latency below a quarter of the transfer, then smaller ones for tight budgets."""
+    """Blocks so large that latency is below a quarter of the transfer, or eight fit; then smaller ones.
+
+    The plan takes the first of those that are predicted to be equally quick.
+    """
     step = max(1, problem.residual_nbytes or 0)
     room = (problem.memory_nbytes - problem.state_nbytes) // 2
     largest = max(1, min(LARGEST_BLOCK, room) // step)
@@ -380,8 +386,9 @@ def _block_windows(problem: Problem, costs: Costs) -> list[int]:
     )
     unimportant = max(latency * speed if latency else 0.0 for latency, speed in latencies) / _LATENCY_SHARE
     good = ceil(min(float(LARGEST_BLOCK), max(unimportant, float(SMALLEST_GOOD_BLOCK))) / step)
+    roomy = min(LARGEST_BLOCK, problem.memory_nbytes // BLOCKS_OF_LARGEST) // step
     longest = min(largest, horizon(problem))
-    good = min(longest, good)
+    good = min(longest, max(good, roomy))
     return sorted({max(1, good // parts) for parts in (1, 2, 4, 8)}, reverse=True)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import weakref
 
 from longtape.actions import Key
 from longtape.errors import DamagedBlock, StorageError, StorageFull, UsageError
@@ -70,6 +71,9 @@ class DiskTier:
         except BaseException:  # an interrupt, or no memory: nobody else knows the file
             os.close(scratch.fd)
             raise
+        # A tier that nobody has closed, and nobody refers to: its file takes room on the disk.
+        self._closing = weakref.finalize(self, os.close, scratch.fd)
+        self._closing.atexit = False
 
     def _open(self, directory: str, direct: bool | None) -> Scratch:
         return open_scratch(directory, direct=direct)
@@ -288,4 +292,4 @@ class DiskTier:
 
     def _close_file(self) -> None:
         with contextlib.suppress(OSError):  # it is closed all the same, and nobody waits for what was in it
-            os.close(self._scratch.fd)
+            self._closing()

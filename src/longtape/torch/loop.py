@@ -52,7 +52,7 @@ def while_loop(
         disk_limit: Most bytes of it.  When it is reached, what is stored is thinned.
         max_steps: Stop after so many steps even where `cond` still holds; None: never.
         observers: Objects with `on_action` and `on_transfer`.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         on_plan: Called with the chosen plan before the forward sweep.
         on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
         capture: As in `scan`; None captures the step unless `max_steps` is less than 256.

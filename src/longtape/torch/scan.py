@@ -98,7 +98,7 @@ def scan(
         disk: Directory for a private scratch file; None recomputes within memory.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`.
-        tier: Storage to use in place of a scratch file.
+        tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         on_plan: Called with the chosen plan before the forward sweep.
         on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
         capture: Turn the step into explicit forward and backward graphs, so that residuals can be
