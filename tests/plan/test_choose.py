@@ -238,7 +238,7 @@ def test_limited_storage_is_kept_to():
     problem = Problem(10_000, MIB, 8 * MIB, has_disk=True, disk_nbytes=50 * MIB)
     choice = choose(problem, disk(STEP, 1e9))
     assert choice.schedule == "asynchronous"
-    assert choice.stall_spacing is not None
+    assert choice.longest_piece is not None
     assert choice.prediction.peak_disk_bytes <= 50 * MIB
     assert choice.prediction.peak_disk_bytes > 40 * MIB
 

@@ -114,4 +114,5 @@ def test_the_same_bits_in_a_real_run(scratch, kind, items, slots):
     assert not report.faults
     assert report.measured.peak_disk_bytes <= items * ITEM
     assert report.writes > items  # more than it holds
-    assert report.measured.steps_recomputed <= 1.1 * report.predicted.steps_recomputed
+    # Steps are much shorter than stated here, so that transfers hold slots for longer.
+    assert report.measured.steps_recomputed <= 1.5 * report.predicted.steps_recomputed

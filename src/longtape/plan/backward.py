@@ -162,12 +162,12 @@ class ReverseSweep:
     def _cut(self, start: int, top: int) -> Generator[Action, None, int]:
         """Store on the way up where little storage is to be used again; returns where the last piece begins."""
         course = self._course
-        while (cut := course.cut(top - start + 1)) is not None:
+        while (cut := course.cut(start, top - start + 1)) is not None:
+            is_stored = course.is_stored(start, top - start - cut + 1)
             yield from self._go(start, start + cut)
-            is_stored = course.is_stored(top - start - cut + 1)
-            yield from course.push(start + cut)
             if start or not course.layout.pin_initial:
                 course.unprotect(start)
+            yield from course.push(start + cut)
             start += cut
             if not is_stored:
                 break

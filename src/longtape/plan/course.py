@@ -104,16 +104,22 @@ class Course:
             return 0
         return max(0, int((stock.storage_limit - stock.occupied()) // stock.item_nbytes[Kind.SNAPSHOT]))
 
-    def cut(self, length: int) -> int | None:
-        """Where to store in a piece of so many windows; None if it is to be reversed from memory alone."""
+    def cut(self, start: int, length: int) -> int | None:
+        """Where to store in the piece of so many windows from `start`; None if memory alone is to reverse it."""
         if self.layout.longest_piece is None:
             return None
         slots = max(1, self.stock.snapshots.capacity - self.layout.pin_initial - 1)
-        return cut(length, slots, self.room() + 1, self.windows(self.layout.longest_piece))
+        return cut(length, slots, self._room_above(start), self.windows(self.layout.longest_piece))
 
-    def is_stored(self, rest: int) -> bool:
-        """Whether storage takes the state at a cut that leaves so many windows above it."""
-        return is_stored(rest, self.room() + 1, self.windows(self.layout.longest_piece or 1))
+    def is_stored(self, start: int, rest: int) -> bool:
+        """Whether storage takes the state at a cut in the piece from `start` that leaves so many windows above it."""
+        return is_stored(rest, self._room_above(start), self.windows(self.layout.longest_piece or 1))
+
+    def _room_above(self, start: int) -> int:
+        """The room, and one more where the start of the piece need not stay in a slot meanwhile."""
+        status = self.stock.snapshots.memory.get(start * self.layout.window)
+        kept = start == 0 and (self.layout.initial_is_free or self.layout.pin_initial)
+        return self.room() + (kept or self.stored(start) or status is Status.WRITING)
 
     def wait_for_slots(self, length: int) -> Actions:
         """Before a piece is reversed: wait as long as a further slot saves it more than that."""

@@ -89,16 +89,16 @@ class ForwardSweep:
     def _last_piece(self, count: int) -> int:
         """Where the piece begins that is reversed first, from memory alone; the end while that is not the next one."""
         start = self._course.restarts[-1] if self._course.restarts else 0
-        cut = self._course.cut(count - start)
+        cut = self._course.cut(start, count - start)
         if cut is None:
             return start
-        return count if self._course.is_stored(count - start - cut) else start + cut
+        return count if self._course.is_stored(start, count - start - cut) else start + cut
 
     def _next_cut(self) -> int:
         """The window to store at, where storage is cut short."""
         start, steps = self._course.restarts[-1], self._course.stock.steps
         assert steps is not None
-        cut = self._course.cut(self._course.windows(steps) - start)
+        cut = self._course.cut(start, self._course.windows(steps) - start)
         return self._course.windows(steps) if cut is None else start + cut
 
     def _deal_with_failed(self, window: int) -> Actions:

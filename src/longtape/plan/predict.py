@@ -327,7 +327,7 @@ def _draining(job: Pace, slots: int, interior: Spaced, writes: int, now: float) 
     extra = 0.0
     for below in range(writes - 1, 0, -1):
         waiting = below - floor(now / job.write + _ROUNDING)
-        if waiting <= 0:
+        if waiting <= 0 or slots - waiting >= length - 1:
             break
         again = advances(length, max(1, slots - waiting))
         extra += again - interior.advances * interior.spacing
