@@ -543,7 +543,7 @@ class Run:
     def _paces_itself(self) -> bool:
         """Whether the plan stores as often as storage allows, and so follows the measured times."""
         choice = self.choice
-        return choice.schedule == "asynchronous" and choice.stall_spacing is None
+        return choice.schedule == "asynchronous" and choice.stall_spacing is None and choice.longest_piece is None
 
     def _spacing(self) -> float:
         stock = self._stock

@@ -58,6 +58,7 @@ def layout_of(choice: Choice, problem: Problem) -> Layout:
         window=choice.window,
         tail=choice.tail,
         fixed_spacing=choice.stall_spacing,
+        longest_piece=choice.longest_piece,
         records=choice.blocks > 0,
         record_fraction=choice.record_fraction,
         plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,

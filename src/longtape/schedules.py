@@ -10,6 +10,7 @@ Needs the package checkpoint_schedules, which is loaded with this module.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 from checkpoint_schedules import Copy, EndForward, EndReverse, Forward, Move, Reverse, StorageType
@@ -86,7 +87,8 @@ class AsyncMultistage(CheckpointSchedule):  # type: ignore[misc]
     def _choose(self, limit: int | None) -> Choice:
         problem = Problem(self._max_n, 1, self._slots, has_disk=limit != 0, disk_nbytes=limit or None)
         choice = choose(problem, self._costs)
-        if limit and choice.uses_disk and not choice.stall_spacing and choice.prediction.peak_disk_bytes >= limit:
+        paced = choice.uses_disk and not choice.stall_spacing and not choice.longest_piece
+        if limit and paced and choice.prediction.peak_disk_bytes >= limit:
             # Where the disk sets the pace, the count may come out one higher than predicted.
             return self._choose(limit - 1)
         return choice
@@ -94,9 +96,14 @@ class AsyncMultistage(CheckpointSchedule):  # type: ignore[misc]
     def _iterator(self) -> Iterator[Any]:
         choice = self.choice
         layout = Layout(
-            tail=choice.tail, fixed_spacing=choice.stall_spacing, stores=choice.uses_disk, final_state=False
+            tail=choice.tail,
+            fixed_spacing=choice.stall_spacing,
+            longest_piece=choice.longest_piece,
+            stores=choice.uses_disk,
+            final_state=False,
         )
-        actions = play(self._max_n, choice.slots, self._seconds, layout, EXACT)
+        room = choice.prediction.peak_disk_bytes if choice.longest_piece else inf
+        actions = play(self._max_n, choice.slots, self._seconds, layout, EXACT, storage_limit=room)
         yield from _Interpreter(self, actions).run()
 
     @property

@@ -169,7 +169,8 @@ def test_fixed_spacing_waits_for_the_writer():
     interior = spaced(pace(problem, costs, Footprint(1, 8)), 8, fixed=4)
     assert interior.forward_stall == pytest.approx(10 / 4 - 1)
     prediction = predict_asynchronous(problem, costs, Footprint(1, 8), fixed=4, tail=1)
-    assert prediction.stall_seconds == pytest.approx(999 * (interior.forward_stall + interior.reverse_stall))
+    # The last slots' writes need not have ended.
+    assert prediction.stall_seconds == pytest.approx(999 * (interior.forward_stall + interior.reverse_stall), rel=0.06)
     assert prediction.writes == ceil(999 / 4)
     assert prediction.bytes_written == prediction.peak_disk_bytes == prediction.writes * STATE
 

@@ -24,7 +24,6 @@ theirs are explained in ``docs/design.md``.
 
 from __future__ import annotations
 
-from longtape.actions import Await
 from longtape.errors import PlanError
 from longtape.plan.backward import ReverseSweep
 from longtape.plan.course import Actions, Course
@@ -59,8 +58,9 @@ class AsynchronousPlan:
                 return
             window = resumed
         window = yield from self._outward.run(window)
-        if course.layout.fixed_spacing and course.layout.tail and course.stock.steps is not None:
-            yield from self._wait_for_slots(course.windows(course.stock.steps) - window)
+        waits = course.layout.fixed_spacing or course.layout.longest_piece
+        if waits and course.layout.tail and course.stock.steps is not None:
+            yield from course.wait_for_slots(course.windows(course.stock.steps) - window)
         if course.layout.tail and course.restarts and snapshots.available() == 0:
             # Every slot waits to be written: keeping the tail would delay compute.
             self._outward.give_up_tail()
@@ -77,13 +77,3 @@ class AsynchronousPlan:
             yield from course.push(window)
         below = course.restarts[-2] if len(course.restarts) > 1 else None
         yield from self._backward.interval(window, last - window + 1, snapshots.available() + 1, below)
-
-    def _wait_for_slots(self, length: int) -> Actions:
-        """Where the forward sweep waits anyway: wait as long as a further slot saves the tail more than that."""
-        course, stock = self._course, self._course.stock
-        while stock.writes and length > 1:
-            slots = stock.snapshots.available()
-            saved = course.piece_seconds(length, slots) - course.piece_seconds(length, slots + 1)
-            if not saved > stock.write_remainder():
-                return
-            yield Await()

@@ -6,7 +6,10 @@ recorded windows are pulled back.  See `asynchronous` for the whole.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from longtape.actions import (
+    Action,
     Advance,
     Await,
     Discard,
@@ -19,6 +22,7 @@ from longtape.actions import (
     Restore,
     Reverse,
     Turn,
+    Write,
 )
 from longtape.errors import StorageError
 from longtape.plan.binomial import advances, split
@@ -147,12 +151,30 @@ class ReverseSweep:
                 return
             yield from self._course.push(base)
             start = base
+        start = yield from self._cut(start, top)
         below = self._course.restarts[-2] if len(self._course.restarts) > 1 else None
         length = top - start + 1
         slots = self._course.stock.snapshots.available() + 1
         if self._course.rules.deep:
-            yield from self._prefetch_snapshots(min(length, slots) - 1)
+            yield from self._prefetch_snapshots(max(1, min(length - 1, slots)) - 1)
         yield from self.interval(start, length, self._course.stock.snapshots.available() + 1, below)
+
+    def _cut(self, start: int, top: int) -> Generator[Action, None, int]:
+        """Store on the way up where little storage is to be used again; returns where the last piece begins."""
+        course = self._course
+        while (cut := course.cut(start, top - start + 1)) is not None:
+            is_stored = course.is_stored(start, top - start - cut + 1)
+            yield from self._go(start, start + cut)
+            if start or not course.layout.pin_initial:
+                course.unprotect(start)
+            yield from course.push(start + cut)
+            start += cut
+            if not is_stored:
+                break
+            yield Write(course.snapshot(start))
+        if course.layout.longest_piece:
+            yield from course.wait_for_slots(top - start + 1)
+        return start
 
     def _lose(self, window: int) -> Actions:
         """Live without a restart point: its interval merges with the one below."""
@@ -165,20 +187,24 @@ class ReverseSweep:
 
     def _prefetch_snapshots(self, needed: int) -> Actions:
         """Read further restart points ahead, but leave `needed` slots to the current interval."""
-        shelf = self._course.stock.snapshots
-        ahead = min(shelf.capacity, self._course.layout.staging or shelf.capacity)
-        for index in range(len(self._course.restarts) - 2, max(-1, len(self._course.restarts) - 2 - ahead), -1):
-            window = self._course.restarts[index]
-            if self._course.coming(window) or not self._course.stored(window):
+        course, shelf = self._course, self._course.stock.snapshots
+        ahead = min(shelf.capacity, course.layout.staging or shelf.capacity)
+        spare = shelf.available() - needed
+        for index in range(len(course.restarts) - 2, max(-1, len(course.restarts) - 2 - ahead), -1):
+            window = course.restarts[index]
+            if course.resident(window):
+                spare -= course.stored(window) and not course.protects(window)
+            if course.coming(window) or not course.stored(window):
                 continue
-            if len(self._course.stock.reads) >= MOST_READS_AHEAD or shelf.available() <= needed:
+            if len(course.stock.reads) >= MOST_READS_AHEAD or spare <= 0:
                 return
             if shelf.free <= needed:
                 victim = shelf.evictable()
-                if victim is None or victim > self._course.snapshot(window).step:
+                if victim is None or victim > course.snapshot(window).step:
                     return
                 yield Free(Key(Kind.SNAPSHOT, victim))
-            yield Read(self._course.snapshot(window))
+            yield Read(course.snapshot(window))
+            spare -= 1
 
     def _go(self, start: int, to: int) -> Actions:
         """Bring the working state to `to`, from the snapshot `start` unless it is already there."""
@@ -197,17 +223,14 @@ class ReverseSweep:
         the read can still hide behind the rest; where fetching takes a slot that Revolve
         wants, move the split so that the slot is only given up when the read must start.
         """
-        if below is None:
+        if below is None or self._has_its_slot(below):
+            yield from self._course.request(below)
             yield from self._revolve(start, length, slots)
             return
         lead = (1.0 + self._course.rules.margin) * self._course.read_seconds + 1e-9
         while length > 0:
-            requested = (
-                below * self._course.layout.window in self._course.stock.snapshots.protected
-                and self._course.coming(below)
-            )
             if length == 1:
-                if not requested and slots >= 2:
+                if slots >= 2:
                     yield from self._course.request(below)
                 yield from self._single(start)
                 yield from self._course.request(below)
@@ -216,13 +239,17 @@ class ReverseSweep:
                 yield from self._revolve(start, length, 1)
                 yield from self._course.request(below)
                 return
+            if not self._must_turn() and advances(length, slots - 1) == advances(length, slots):
+                yield from self._course.request(below)
+                yield from self._revolve(start, length, slots - 1)
+                return
             cut = split(length, min(slots, length))
             left = self._course.piece_seconds(cut, slots - 1)
             if self._course.work == start + length - 1 and not self._must_turn():
                 yield from self._take_adjoint(start + length - 1)
                 length -= 1
                 continue
-            if not requested and left < lead:
+            if left < lead:
                 cut_late = self._latest_split(length, slots, cut, lead)
                 if cut_late is None:
                     yield from self._course.request(below)
@@ -235,15 +262,15 @@ class ReverseSweep:
                     yield from self._revolve(start + cut, length - cut, slots - 1, then_request=below)
                     yield from self._revolve(start, cut, slots - 1)
                     return
-            if left >= lead:
-                yield from self._go(start, start + cut)
-                yield from self._course.push(start + cut)
-                yield from self._revolve(start + cut, length - cut, slots - 1)
-                length = cut
-                continue
-            yield from self._course.request(below)
-            yield from self._revolve(start, length, slots - 1)
-            return
+            yield from self._go(start, start + cut)
+            yield from self._course.push(start + cut)
+            yield from self._revolve(start + cut, length - cut, slots - 1)
+            length = cut
+
+    def _has_its_slot(self, window: int) -> bool:
+        """Whether a restart point is being read or written, so that keeping it takes none of the slots there are."""
+        shelf = self._course.stock.snapshots
+        return self._course.coming(window) and self._course.snapshot(window).step not in shelf.clean
 
     def _latest_split(self, length: int, slots: int, cut: int, lead: float) -> int | None:
         """The split after whose upper part the fetch must start; None if fetching now costs no more."""
@@ -287,10 +314,12 @@ class ReverseSweep:
             start_of, length_of, slots_of = pieces.pop()
             while length_of > 1:
                 target = start_of + length_of - 1
+                # Of the last two windows, both starts are kept only where the working state goes on to the end.
+                slots_of = max(1, min(slots_of, length_of if self._must_turn() else length_of - 1))
                 if self._course.work == target and not self._must_turn():
                     yield from self._take_adjoint(target)
                     length_of -= 1
-                elif min(slots_of, length_of) <= 1:
+                elif slots_of == 1:
                     yield from self._go(start_of, target)
                     if self._must_turn():
                         yield from self.turn(target)
@@ -298,7 +327,6 @@ class ReverseSweep:
                     yield from self._take_adjoint(target)
                     length_of -= 1
                 else:
-                    slots_of = min(slots_of, length_of)
                     cut = split(length_of, slots_of)
                     yield from self._go(start_of, start_of + cut)
                     yield from self._course.push(start_of + cut)

@@ -6,6 +6,7 @@ This file owns the search; the formulas are in `predict` and `recording`.  Candi
 * Revolve within memory; where the length is unknown, restart points chosen as the sweep goes on ("online");
 * snapshots to storage as often as it takes them, or at a fixed spacing for which the
   forward sweep waits, with Revolve in between;
+* snapshots to little storage, again and again in both sweeps, as Revolve would;
 * residuals to storage for as many windows as it carries.
 
 Each is tried with those window lengths that can matter, a few hundred at most, so that
@@ -20,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import ceil, isfinite
+from math import ceil, inf, isfinite
 from typing import Literal
 
 from longtape.errors import BudgetError, UsageError
-from longtape.plan.binomial import capacity, repetitions
+from longtape.plan.binomial import capacity
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.multistage import MOST_STATES, predict_multistage
 from longtape.plan.predict import (
     Footprint,
     Prediction,
@@ -59,10 +61,11 @@ ENOUGH_BLOCKS = 64
 _SIMPLEST_FIRST: tuple[Schedule, ...] = ("store_all", "revolve", "online", "asynchronous", "residuals")
 _LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
+_LEAST_GAIN_BY_REWRITING = 0.05
 _SAME_TIME = 1.0 + 1e-9
 _ROUNDING_SECONDS = 1e-9
 _MOST_REPEATS = 8
-_STORES_PER_SLOT = 4
+_FEW_STORES = 8
 _SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _RUNS = range(1, 17)
 
@@ -93,6 +96,8 @@ class Choice:
     prediction: Prediction
     alternatives: tuple[tuple[str, Prediction], ...] = ()
     """The best of each other schedule that fits, quickest first."""
+    longest_piece: int | None = None
+    """Where storage holds few states: the steps beyond which the reverse sweep stores again, see `pieces`."""
 
     @property
     def uses_disk(self) -> bool:
@@ -288,7 +293,8 @@ def _all_recorded(problem: Problem, costs: Costs) -> Choice | None:
 def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
     if not problem.has_disk:
         return
-    greedy = []
+    greedy: list[Choice] = []
+    limited: list[Choice] = []
     for footprint in _footprints(problem, costs):
         choice = _spaced_choice(problem, costs, footprint, None)
         if _fits_disk(problem, choice):
@@ -297,10 +303,14 @@ def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
             greedy += [replace(sparser, stall_spacing=None) for sparser in _sparser(problem, costs, choice)[:1]]
         else:
             greedy += _sparser(problem, costs, choice)
+            limited.append(choice)
     yield from greedy
+    enough = (1.0 - _LEAST_GAIN_BY_REWRITING) * min(map(_seconds, greedy), default=inf)
+    for choice in _promising(limited):
+        yield from (cut for cut in _cut_again(problem, costs, choice) if _seconds(cut) < enough)
     for choice in _promising(greedy):
-        for fixed in _closer_spacings(choice, -(-horizon(problem) // choice.window)):
-            stalled = _spaced_choice(problem, costs, choice.footprint, fixed)
+        for fixed, tail in _closer_spacings(choice, -(-horizon(problem) // choice.window)):
+            stalled = _spaced_choice(problem, costs, choice.footprint, fixed, tail)
             if _fits_disk(problem, stalled):
                 yield stalled
 
@@ -310,11 +320,14 @@ def _promising(choices: list[Choice]) -> list[Choice]:
     return sorted(choices, key=_seconds)[:3] + [choice for choice in choices if choice.window == 1]
 
 
-def _spaced_choice(problem: Problem, costs: Costs, footprint: Footprint, fixed: int | None) -> Choice:
+def _spaced_choice(
+    problem: Problem, costs: Costs, footprint: Footprint, fixed: int | None, tail: int | None = None
+) -> Choice:
     job = pace(problem, costs, footprint)
     slots = working_slots(problem, footprint)
     interior = spaced(job, slots, fixed=fixed)
-    tail = 1 if problem.steps is None else best_tail(job, slots, interior)
+    if tail is None or problem.steps is None:
+        tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     return _choice(
         "asynchronous",
         footprint,
@@ -342,22 +355,44 @@ def _sparser(problem: Problem, costs: Costs, greedy: Choice) -> list[Choice]:
     return [choice for choice in (whole, partly) if _fits_disk(problem, choice)]
 
 
-def _closer_spacings(choice: Choice, windows: int) -> list[int]:
-    """Spacings in windows below the one at which storage keeps up, for which the forward sweep would wait.
-
-    Only where many more are stored than there are slots: a few would not wait for their
-    turn but fill the slots, and leave none to the tail.
+def _closer_spacings(choice: Choice, windows: int) -> Iterator[tuple[int, int | None]]:
+    """Spacings in windows below the one at which storage keeps up, for which the forward sweep would wait; and tails.
 
     The re-advances of an interval rise with a slope that steps up at β(s, ρ) and
     β(s-1, ρ), while the wait falls smoothly: the best spacing is often one of these.
+    With few stores the tail is to be as long as the other intervals, or as Revolve likes it.
     """
-    below = ceil(choice.spacing / choice.window) - 1
-    spacings = {below, *_grid(below)}
-    for repeats in range(1, _MOST_REPEATS):
-        if repetitions(below, choice.slots) >= repeats:
-            spacings.update((capacity(choice.slots, repeats), capacity(choice.slots - 1, repeats)))
-    most = min(below, windows // (_STORES_PER_SLOT * choice.slots))
-    return sorted(spacing for spacing in spacings if 1 <= spacing <= most)
+    below, slots = ceil(choice.spacing / choice.window) - 1, choice.slots
+    lengths = {capacity(c, k) for k in range(1, _MOST_REPEATS) for c in (slots, slots - 1)}
+    lengths = {length for length in lengths if length <= windows}
+    for spacing in sorted({below, *_grid(below)} | lengths):
+        if 1 <= spacing <= below:
+            yield spacing, None
+    for stores in range(1, _FEW_STORES + 1):
+        even = windows // (stores + 1)
+        for tail in sorted({even, max((length for length in lengths if length <= even), default=even)}):
+            spacing = (windows - tail) // stores
+            if 1 <= spacing <= below and tail >= 1:
+                yield spacing, windows - spacing * stores
+
+
+def _cut_again(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Choice]:
+    """Pieces short enough for memory, by the lengths at which Revolve's repetitions step up."""
+    footprint, states = choice.footprint, (problem.disk_nbytes or 0) // max(1, problem.state_nbytes)
+    if problem.steps is None or not 2 <= states <= MOST_STATES:
+        return
+    windows = -(-problem.steps // footprint.window)
+    lengths = {capacity(c, k) for k in range(_MOST_REPEATS) for c in (footprint.slots, max(1, footprint.slots - 1))}
+    for longest in sorted(lengths):
+        if longest < windows:
+            prediction = predict_multistage(problem, costs, footprint, states, longest)
+            yield replace(
+                choice,
+                spacing=problem.steps / prediction.writes,
+                tail=min(problem.steps, longest * footprint.window),
+                longest_piece=longest * footprint.window,
+                prediction=prediction,
+            )
 
 
 # Residuals on storage ---------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from longtape.actions import (
 from longtape.errors import PlanError, StorageError
 from longtape.plan.binomial import advances
 from longtape.plan.layout import Layout, Rules
+from longtape.plan.pieces import cut, is_stored
 from longtape.plan.stock import Shelf, Status, Stock
 
 Actions = Iterator[Action]
@@ -96,6 +97,40 @@ class Course:
         recomputed = advances(length, slots) if length > 1 else 0
         return recomputed * self.forward_seconds + length * self.reverse_seconds
 
+    def room(self) -> int:
+        """Snapshots that limited storage can still take."""
+        stock = self.stock
+        if stock.storage_limit == inf or not self.layout.stores:
+            return 0
+        return max(0, int((stock.storage_limit - stock.occupied()) // stock.item_nbytes[Kind.SNAPSHOT]))
+
+    def cut(self, start: int, length: int) -> int | None:
+        """Where to store in the piece of so many windows from `start`; None if memory alone is to reverse it."""
+        if self.layout.longest_piece is None:
+            return None
+        slots = max(1, self.stock.snapshots.capacity - self.layout.pin_initial - 1)
+        return cut(length, slots, self._room_above(start), self.windows(self.layout.longest_piece))
+
+    def is_stored(self, start: int, rest: int) -> bool:
+        """Whether storage takes the state at a cut in the piece from `start` that leaves so many windows above it."""
+        return is_stored(rest, self._room_above(start), self.windows(self.layout.longest_piece or 1))
+
+    def _room_above(self, start: int) -> int:
+        """The room, and one more where the start of the piece need not stay in a slot meanwhile."""
+        status = self.stock.snapshots.memory.get(start * self.layout.window)
+        kept = start == 0 and (self.layout.initial_is_free or self.layout.pin_initial)
+        return self.room() + (kept or self.stored(start) or status is Status.WRITING)
+
+    def wait_for_slots(self, length: int) -> Actions:
+        """Before a piece is reversed: wait as long as a further slot saves it more than that."""
+        stock = self.stock
+        while stock.writes and length > 1:
+            slots = stock.snapshots.available()
+            saved = self.piece_seconds(length, slots) - self.piece_seconds(length, slots + 1)
+            if not saved > stock.write_remainder():
+                return
+            yield Await()
+
     def evict(self, kind: Kind = Kind.SNAPSHOT) -> Action | None:
         step = self.stock.shelf(kind).evictable()
         return None if step is None else Free(Key(kind, step))
@@ -145,6 +180,9 @@ class Course:
 
     def protect(self, window: int) -> None:
         self.stock.snapshots.protected.add(window * self.layout.window)
+
+    def unprotect(self, window: int) -> None:
+        self.stock.snapshots.protected.discard(window * self.layout.window)
 
     def protects(self, window: int) -> bool:
         return window * self.layout.window in self.stock.snapshots.protected

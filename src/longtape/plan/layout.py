@@ -44,6 +44,9 @@ class Layout:
     fixed_spacing: int | None = None
     """Store at every such step, waiting for storage where it does not keep up; None: as storage allows."""
 
+    longest_piece: int | None = None
+    """Where storage holds few states: cut what is longer as `pieces` says, in both sweeps; None: it is not so."""
+
     records: bool = False
     """Adjoints are taken from residuals: of windows recorded forward, or re-recorded in reverse."""
 

@@ -69,7 +69,7 @@ class ForwardSweep:
                 window += 1
             else:
                 yield from self._keep(window)
-                following = self._next_look(window)
+                following = max(window + 1, self._next_look(window))
                 yield Advance(self._course.at(window), self._course.at(following))
                 window = following
             self._course.work = window
@@ -80,9 +80,26 @@ class ForwardSweep:
         if self._course.stock.steps is None:
             return inf
         count = self._course.windows(self._course.stock.steps)
+        if self._course.layout.longest_piece:
+            return self._last_piece(count)
         if self._tail:
             return count - max(1, min(count, self._course.windows(self._tail)))
         return count if self._course.layout.final_state else count - 1
+
+    def _last_piece(self, count: int) -> int:
+        """Where the piece begins that is reversed first, from memory alone; the end while that is not the next one."""
+        start = self._course.restarts[-1] if self._course.restarts else 0
+        cut = self._course.cut(start, count - start)
+        if cut is None:
+            return start
+        return count if self._course.is_stored(start, count - start - cut) else start + cut
+
+    def _next_cut(self) -> int:
+        """The window to store at, where storage is cut short."""
+        start, steps = self._course.restarts[-1], self._course.stock.steps
+        assert steps is not None
+        cut = self._course.cut(start, self._course.windows(steps) - start)
+        return self._course.windows(steps) if cut is None else start + cut
 
     def _deal_with_failed(self, window: int) -> Actions:
         """Items that could not be written: once more where storage is full; else their intervals merge with others.
@@ -210,7 +227,7 @@ class ForwardSweep:
             if self._queue_is_stuck(window):
                 yield from self._thin_queue()
             return
-        if self._course.layout.fixed_spacing:
+        if self._course.layout.fixed_spacing or self._course.layout.longest_piece:
             while self._course.stock.snapshots.available() <= 0 and self._course.stock.writes:
                 yield Await(room=Kind.SNAPSHOT)
         if window and not self._course.stock.has_room(Kind.SNAPSHOT):
@@ -240,12 +257,14 @@ class ForwardSweep:
             return True
         if since < self._thinning.least_gap:
             return False
+        if self._course.layout.longest_piece:
+            return window >= self._next_cut()
         if self._course.layout.fixed_spacing:
             return since >= self._course.windows(self._course.layout.fixed_spacing)
         stock = self._course.stock
         if self._course.rules.keep_spacing and since < max(1, floor(self._course.spacing())):
             return False
-        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() <= self._course.forward_seconds * (1 + 1e-9)
+        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < self._course.forward_seconds * (1 - 1e-9)
         if (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2:
             self._gap_factor = 1
             return True
@@ -262,7 +281,8 @@ class ForwardSweep:
         return self._course.stock.unwritten(Kind.SNAPSHOT) <= self._course.stock.snapshots.capacity - 2
 
     def _queue_is_stuck(self, window: int) -> bool:
-        if not self._course.rules.elastic or self._course.layout.fixed_spacing:
+        layout = self._course.layout
+        if not self._course.rules.elastic or layout.fixed_spacing or layout.longest_piece:
             return False
         if window - self._last_store < self._thinning.least_gap:
             return False
@@ -282,7 +302,9 @@ class ForwardSweep:
         following = window + 1
         if self._course.rules.grain_seconds and self._course.forward_seconds > 0:
             following = window + max(1, floor(self._course.rules.grain_seconds / self._course.forward_seconds))
-        if self._course.layout.fixed_spacing:
+        if self._course.layout.longest_piece:
+            following = self._next_cut()
+        elif self._course.layout.fixed_spacing:
             following = self._last_store + self._course.windows(self._course.layout.fixed_spacing)
         elif self._course.rules.keep_spacing:
             following = max(following, self._last_store + floor(self._course.spacing()))

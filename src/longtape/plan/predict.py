@@ -270,7 +270,7 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
         advanced += share * again
         stalled += share * max(0.0, job.read - hidden)
         spare += share * (hidden - job.read)
-    if slots >= above + 2:
+    if slots > above:
         stalled = max(0.0, -spare)
     forward = 0.0 if fixed is None else max(0.0, job.write / spacing - job.advance)
     return Spaced(spacing, forward, advanced / spacing, stalled / spacing)
@@ -288,6 +288,56 @@ def best_tail(job: Pace, slots: int, interior: Spaced) -> int:
     if repetitions(job.windows, slots - 1) <= repeats:
         return job.windows
     return capacity(slots - 1, repeats)
+
+
+def _filling(job: Pace, slots: int, spacing: float, tail: int) -> tuple[float, int]:
+    """Seconds that the forward sweep waits at a fixed spacing, and the slots that are then left to the tail.
+
+    Store j waits for the end of write j-s, and while writes take longer than intervals they
+    follow each other: it comes at max(j·I·t_F, (j-s+1)·t_W).  The tail waits for a
+    further slot as long as that saves it more.
+    """
+    writes = _writes(job.windows - tail, spacing)
+    if writes == 0:
+        return 0.0, slots
+    last = (writes - 1) * spacing * job.advance
+    slower = job.write > spacing * job.advance
+    waited = max(0.0, (writes - slots) * job.write - last) if slower else 0.0
+    now = (job.windows - tail) * job.advance + waited
+    left = int(last + job.write > now)
+    if slower:
+        left = max(0, min(slots, writes - floor(now / job.write + _ROUNDING)))
+    free, began = slots - left, now
+    while left and tail > 1:
+        ends = (writes - left + 1) * job.write if slower else last + job.write
+        if free and (advances(tail, free) - advances(tail, free + 1)) * job.advance <= ends - now:
+            break
+        now, free, left = max(now, ends), free + 1, left - 1
+    return waited + now - began, max(1, free)
+
+
+def _draining(job: Pace, slots: int, interior: Spaced, writes: int, now: float) -> float:
+    """Windows advanced for want of the slots in which states still wait to be written, after the tail.
+
+    They are written in order, while the intervals are reversed from the last.
+    """
+    length = round(interior.spacing)
+    if job.write <= length * job.advance:
+        return 0.0
+    extra = 0.0
+    for below in range(writes - 1, 0, -1):
+        waiting = below - floor(now / job.write + _ROUNDING)
+        if waiting <= 0 or slots - waiting >= length - 1:
+            break
+        again = advances(length, max(1, slots - waiting))
+        extra += again - interior.advances * interior.spacing
+        now += again * job.advance + length * job.adjoint
+    return extra
+
+
+def _writes(windows: int, spacing: float) -> int:
+    """States stored on the way through so many windows."""
+    return ceil(windows / spacing - _ROUNDING)
 
 
 def predict_asynchronous(
@@ -318,11 +368,15 @@ def predict_asynchronous(
     if tail is None:
         tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     greedy = job.windows - tail
-    memory_slots = max(1, slots - 1)
-    advanced = greedy * (1.0 + interior.advances) + advances(tail, memory_slots)
+    waited, memory_slots, drained = 0.0, max(1, slots - 1), 0.0
+    if fixed is not None:
+        waited, memory_slots = _filling(job, slots, interior.spacing, tail)
+        turned = greedy * job.advance + waited + advances(tail, memory_slots) * job.advance + tail * job.adjoint
+        drained = _draining(job, slots, interior, _writes(greedy, interior.spacing), turned)
+    advanced = greedy * (1.0 + interior.advances) + advances(tail, memory_slots) + drained
     advanced += _final_windows(tail, memory_slots, final_state)
-    stalled = greedy * (interior.forward_stall + interior.reverse_stall)
-    writes = ceil(greedy / interior.spacing - _ROUNDING)
+    stalled = waited + greedy * interior.reverse_stall
+    writes = _writes(greedy, interior.spacing)
     # The last interval starts from memory; where intervals leave slots over, some more do.
     spared = 1 if tail > 1 else 1 + floor((slots - 1) / max(1.0, interior.spacing))
     return tally(

@@ -277,9 +277,12 @@ def simulate(
     )
 
 
-def play(steps: int, slots: int, speeds: Speeds, layout: Layout, rules: Rules) -> Iterator[Action]:
+def play(
+    steps: int, slots: int, speeds: Speeds, layout: Layout, rules: Rules, *, storage_limit: float = inf
+) -> Iterator[Action]:
     """The actions that the asynchronous plan takes in the event model, one by one as they are asked for."""
     machine, plan = _set_up(steps, slots, speeds, speeds, layout, rules)
+    machine.stock.storage_limit = storage_limit
     for action in plan:
         yield action
         machine.perform(action)
