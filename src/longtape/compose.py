@@ -192,7 +192,9 @@ class Run:
             self._assemble()
         except BaseException:
             self._release_storage(self._settings.stuck_seconds)
-            if self._keeper is not None:
+            if self._keeper is not None and self._keeper.begin is None:
+                self._keeper.finish()  # nothing has begun that could be gone on with
+            elif self._keeper is not None:
                 self._keeper.close()
             raise
         self.prepare_seconds = self._clock() - began

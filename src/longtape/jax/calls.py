@@ -7,8 +7,10 @@ reverse pass.  Called with anything else they say what stands in the way.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,15 +18,27 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 
 from longtape.compose import ALIGNMENT, PADDED_FROM, Hooks, Run, Settings, Traits, closed_if_it_fails
+from longtape.durable.home import Home
+from longtape.durable.keeper import Resumable, found_begin
 from longtape.errors import UsageError
 from longtape.jax.arrays import Kind, empty, given, host, is_inexact, raw
 from longtape.jax.chunks import Chunks
+from longtape.jax.durable import DurableLoop, of_arrays, of_program
 from longtape.jax.job import LoopJob, VerifiedLoopJob
 from longtape.jax.traced import Traced
 from longtape.sizes import parse_bytes
 
 CHUNK_SHARE = 8
 """A chunk's residuals take at most this part of the memory budget, unless a single step takes more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a loop is made durable, and how often."""
+
+    directory: str | os.PathLike[str]
+    name: str
+    seconds: float
 
 
 class Call:
@@ -41,8 +55,9 @@ class Call:
         reverse: bool = False,
         most: int | None = None,
         names: list[str] | None = None,
+        durable: Where | None = None,
     ) -> None:
-        self._names = names
+        self._names, self._durable = names, durable
         self._traced, self._title, self._settings, self._hooks = traced, title, settings, hooks
         self._steps, self._reverse, self._most = steps, reverse, most
         loop = traced.loop
@@ -147,6 +162,15 @@ class Call:
 
     def begin(self, chunks: Chunks, inputs: list[Any]) -> tuple[Run, LoopJob]:
         """Measure and plan; the run is ready for its forward sweep."""
+        home = None if self._durable is None else Home(self._durable.directory, self._durable.name)
+        try:
+            return self._begin_in(home, chunks, inputs)
+        except BaseException:
+            if home is not None:
+                home.close()
+            raise
+
+    def _begin_in(self, home: Home | None, chunks: Chunks, inputs: list[Any]) -> tuple[Run, LoopJob]:
         settings = self._settings
         has_storage = settings.disk is not None or settings.tier is not None
         steps = self._steps if has_storage else self.count(chunks, inputs)
@@ -156,8 +180,10 @@ class Call:
         room = parse_bytes(settings.memory) - state - padding - job.head_nbytes
         records = room >= job.stride_nbytes
         notes = () if records else ("memory holds no residuals beside a carry: steps are run again one by one",)
-        costs = job.measure() if settings.costs is None and state <= parse_bytes(settings.memory) else None
+        measures = settings.costs is None and state <= parse_bytes(settings.memory)
+        costs = job.measure() if measures and (home is None or found_begin(home) is None) else None
         job.load_initial()
+        job.begin_at(0)
         if isinstance(job, VerifiedLoopJob) and self._names is not None:
             job.watch(self._names)
         traits = Traits(
@@ -169,8 +195,29 @@ class Call:
             initial_is_free=True,
             notes=notes,
         )
+        if home is not None:
+            settings = replace(settings, resumable=self._resumable(home, job, inputs))
         run = Run(job, traits, settings, measure=None if costs is None else lambda: costs)
         return run, job
+
+    def _resumable(self, home: Home, job: LoopJob, inputs: list[Any]) -> Resumable:
+        assert self._durable is not None
+        loop, chunks = self._traced.loop, job.chunks
+        _, consts, init, xs = self.parts(inputs)
+        wanted = [len(kinds) for kinds in (chunks.const_bars, chunks.carry_bars, chunks.x_bars)]
+        fingerprint = {
+            "front end": "longtape.jax.scan",
+            "step": of_program(loop.step),
+            "number of steps": str(self._steps),
+            "direction": "reverse" if self._reverse else "forward",
+            "set of derivatives": str(wanted),
+            "number of steps compiled together, which follows from memory": str(chunks.size),
+            "initial carry": of_arrays(init),
+            "xs": of_arrays(xs),
+            "set of parameters": of_arrays(consts),
+            "version of JAX": f"{jax.__version__} on {jax.default_backend()}",
+        }
+        return Resumable(home, DurableLoop(job), fingerprint, seconds=self._durable.seconds)
 
     def tell_plan(self, run: Run) -> None:
         if self._hooks.on_plan is not None:

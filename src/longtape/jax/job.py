@@ -136,7 +136,7 @@ class LoopJob:
     def advance(self, start: int, stop: int) -> int:
         state = start
         for first, count in self._parts(start, stop):
-            fresh = bool(self.chunks.y) and first >= self._reached and not self._turned
+            fresh = bool(self.chunks.y) and first + count > self._reached and not self._turned
             given = self._y_stage if fresh else []
             run = self.chunks.advance if fresh else self.chunks.advance_again
             xs = self._x_chunk(first, count)
@@ -172,7 +172,7 @@ class LoopJob:
         return slot.views  # type: ignore[no-any-return]
 
     def _record_chunk(self, first: int, count: int) -> int:
-        fresh = bool(self.chunks.y) and first >= self._reached and not self._turned
+        fresh = bool(self.chunks.y) and first + count > self._reached and not self._turned
         given = self._y_stage if fresh else []
         run = self.chunks.record if fresh else self.chunks.record_again
         stage, self._kept_stage = self._stage(), None
@@ -255,8 +255,22 @@ class LoopJob:
         self._no_ys_bar = self._zeros(chunks.y_bars)
 
     def end_reverse(self) -> tuple[list[Any], list[Any]]:
-        """Cotangents of the consts and of init, of those leaves that have any."""
+        """Cotangents so far, in the end of the consts and of init, of those leaves that have any."""
         return self._const_bars, self._carry_bar
+
+    # For a run that can be resumed -------------------------------------------------------------
+
+    def begin_at(self, step: int) -> None:
+        """The ys of the steps below this one are there."""
+        self._reached = step
+
+    def cotangents(self) -> tuple[list[Any], list[Array | None]]:
+        """Of the carry as far as the adjoint has come, and of the ys."""
+        return self._carry_bar, self._ys_bar
+
+    def go_on_with(self, const_bars: list[Any], carry_bar: list[Any]) -> None:
+        """Go on from these cotangents, which belong to the job now."""
+        self._const_bars, self._carry_bar = const_bars, carry_bar
 
     # Measuring -------------------------------------------------------------------------------
 

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax import lax
 
-from longtape.compose import Hooks, Run, Settings
+from longtape.compose import Hooks, Run, Settings, refuse_resuming
+from longtape.durable.keeper import DEFAULT_SECONDS, check_seconds
 from longtape.errors import UsageError
-from longtape.jax.calls import Call
+from longtape.jax.calls import Call, Where
 from longtape.jax.traced import Traced
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
@@ -40,6 +41,9 @@ def scan(
     on_report: Callable[[Run], None] | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
+    resume: str | os.PathLike[str] | None = None,
+    resume_seconds: float = DEFAULT_SECONDS,
+    name: str = "scan",
 ) -> tuple[Any, Any]:
     """`jax.lax.scan`, so that gradients through it fit in `memory`.
 
@@ -69,14 +73,24 @@ def scan(
         on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
         verify: Compare every state that is computed again, or fetched, with what it was the first
             time, bit for bit.  Steps then run one by one, and take a hash and 8 bytes a leaf more.
+            In a scan that is resumed, states of the process before were not seen.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
+        resume: Directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
+            power or an exception, the same call goes on where they were: a scan whose forward
+            sweep had ended returns at once, and its reverse sweep, for the same cotangents, goes on
+            below what it had done.  The files are removed when it has ended.  Where no derivative
+            is taken nothing is made durable.
+        resume_seconds: Work that may be lost.
+        name: Finds the scan again among others in the directory.
 
     Returns:
         The final carry, and the stacked ys.
 
     Raises:
         TypeError, ValueError: As `jax.lax.scan`: a carry whose type changes, no length, a traced one.
-        BudgetError: `memory` is less than one carry.
+        BudgetError: `memory` is less than one carry, or with `resume` two.
+        ResumeError: What is in `resume` under this name is of another scan, other parameters or
+            inputs included, or another process is working on it.
         StepError: `f` has side effects.
         UsageError: A derivative is taken within `jax.jit` or `jax.vmap`, in forward mode, or a second time.
         ReplayError: A step gave something else when it was run again, and `verify` is set.
@@ -91,6 +105,9 @@ def scan(
         stuck_seconds=stuck_seconds,
     )
     parse_bytes(memory)
+    seconds = check_seconds(resume_seconds)
+    if resume is not None:
+        refuse_resuming(steps=0, tier=tier, compress=None)
 
     def call(init: Any, xs: Any) -> Any:
         return lax.scan(f, init, xs, length=length, reverse=reverse)
@@ -98,10 +115,11 @@ def scan(
     if _is_empty(xs, length):
         return call(init, xs)  # type: ignore[no-any-return]
     traced = Traced(call, (init, xs), "scan")
-    name = getattr(f, "__name__", type(f).__name__)
+    title = f"scan of {getattr(f, '__name__', type(f).__name__)}"
     steps = traced.eqn.params["length"]
     hooks, names = Hooks(on_plan, on_report), _names(init) if verify else None
-    result = Call(traced, f"scan of {name}", settings, hooks, steps, reverse=reverse, names=names).run()
+    durable = None if resume is None else Where(resume, name, seconds)
+    result = Call(traced, title, settings, hooks, steps, reverse=reverse, names=names, durable=durable).run()
     return result  # type: ignore[no-any-return]
 
 

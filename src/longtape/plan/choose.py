@@ -61,6 +61,7 @@ ENOUGH_BLOCKS = 64
 _SIMPLEST_FIRST: tuple[Schedule, ...] = ("store_all", "revolve", "online", "asynchronous", "residuals")
 _LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
+_LEAST_GAIN_BY_WAITING = 0.01
 _LEAST_GAIN_BY_REWRITING = 0.05
 _SAME_TIME = 1.0 + 1e-9
 _ROUNDING_SECONDS = 1e-9
@@ -175,6 +176,10 @@ def _seconds(choice: Choice) -> float:
 def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
     """The shortest of a schedule; among the equally short, the first found that is `_kindest`."""
     of_schedule = [choice for choice in choices if choice.schedule == schedule]
+    if free := [choice for choice in of_schedule if choice.stall_spacing is None]:
+        # Storage that turns out slower than believed delays a plan that waits for it, and no other.
+        limit = min(map(_seconds, free)) * (1.0 - _LEAST_GAIN_BY_WAITING)
+        of_schedule = [choice for choice in of_schedule if choice.stall_spacing is None or _seconds(choice) < limit]
     limit = min(map(_seconds, of_schedule)) * _SAME_TIME
     return min((choice for choice in of_schedule if _seconds(choice) <= limit), key=_kindest)
 

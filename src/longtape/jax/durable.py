@@ -1,0 +1,97 @@
+"""What of a loop is made durable beside its carry: ys, cotangents and gradients.
+
+Implements `longtape.protocols.Durable` for a `LoopJob`.  On the executor's thread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from longtape.durable.fingerprints import of_bytes
+from longtape.errors import DamagedBlock
+from longtape.jax.arrays import Array, Kind, copied, host, raw
+from longtape.jax.job import LoopJob
+from longtape.protocols import Bytes
+
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
+
+
+def bytes_of(array: Any) -> Bytes:
+    """The elements of an array in row-major order; a view where they lie so."""
+    return np.ascontiguousarray(host(array)).reshape(-1).view(np.uint8)
+
+
+def of_arrays(arrays: Sequence[Any]) -> str:
+    """A fingerprint of arrays: types, shapes and elements."""
+    found = [raw(array) for array in arrays]
+    types = " ".join(f"{array.dtype}{list(array.shape)}" for array in found)
+    return of_bytes([np.frombuffer(types.encode(), np.uint8), *map(bytes_of, found)])
+
+
+def of_program(program: core.ClosedJaxpr) -> str:
+    """A fingerprint of what a traced function does; where its parts lie in this process's memory is left out."""
+    text = _ADDRESS.sub("", str(program.jaxpr))
+    return of_bytes([np.frombuffer(text.encode(), np.uint8), *(bytes_of(raw(made)) for made in program.consts)])
+
+
+class DurableLoop:
+    """The `Durable` of a loop whose length is known."""
+
+    def __init__(self, job: LoopJob) -> None:
+        self._job = job
+
+    # Forward ---------------------------------------------------------------------------------
+
+    def rows(self, start: int, stop: int) -> list[Bytes]:
+        """The ys of the steps."""
+        return [bytes_of(stack[start:stop]) for stack in self._job.ys]
+
+    def put_rows(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        _put(self._job.ys, start, stop, arrays, "ys")
+        self._job.begin_at(stop)
+
+    # Reverse ---------------------------------------------------------------------------------
+
+    def seed(self) -> str:
+        """Of the cotangents that the reverse sweep begins with."""
+        carry, ys = self._job.cotangents()
+        there = np.array([bar is not None for bar in ys], np.uint8)
+        return of_bytes([there, *map(bytes_of, carry), *(bytes_of(bar) for bar in ys if bar is not None)])
+
+    def adjoint(self) -> list[Bytes]:
+        """Cotangents so far, of what is closed over and of the carry."""
+        consts, carry = self._job.end_reverse()
+        return [bytes_of(bar) for bar in [*consts, *carry]]
+
+    def put_adjoint(self, arrays: list[Bytes]) -> None:
+        kinds = [*self._job.chunks.const_bars, *self._job.chunks.carry_bars]
+        if [array.nbytes for array in arrays] != [kind.nbytes for kind in kinds]:
+            raise DamagedBlock("the cotangents that were made durable are of another number or size")
+        found = [_taken(kind, array) for kind, array in zip(kinds, arrays, strict=True)]
+        split = len(self._job.chunks.const_bars)
+        self._job.go_on_with(found[:split], found[split:])
+
+    def bars(self, start: int, stop: int) -> list[Bytes]:
+        """Rows of the cotangents of xs."""
+        return [bytes_of(stack[start:stop]) for stack in self._job.xs_bar]
+
+    def put_bars(self, start: int, stop: int, arrays: list[Bytes]) -> None:
+        _put(self._job.xs_bar, start, stop, arrays, "cotangents of xs")
+
+
+def _taken(kind: Kind, data: Bytes) -> jax.Array:
+    return copied(kind.view(np.array(data)))
+
+
+def _put(stacks: Sequence[Array], start: int, stop: int, arrays: list[Bytes], what: str) -> None:
+    parts = [stack[start:stop] for stack in stacks]
+    if [part.nbytes for part in parts] != [array.nbytes for array in arrays]:
+        raise DamagedBlock(f"the {what} that were made durable are of another number or size")
+    for part, data in zip(parts, arrays, strict=True):
+        part[...] = np.array(data).view(part.dtype).reshape(part.shape)
