@@ -1,4 +1,4 @@
-"""Writes the measured figures into README.md, from the JSON under ``benchmarks/results``.
+"""Writes the measured figures into README.md and docs/schedules.md, from the JSON under ``benchmarks/results``.
 
 ``python -m benchmarks.figures``; what stands between ``<!-- figures:NAME -->`` and
 ``<!-- /figures -->`` is replaced.
@@ -105,6 +105,36 @@ def observed() -> str:
     return "\n".join(lines).rstrip("\n")
 
 
+def devito() -> str:
+    """Acoustic gradients under Devito beside `save=True` and pyrevolve."""
+    lines: list[str] = []
+    for name in ("devito_acoustic_2d", "devito_acoustic_3d"):
+        if (document := _found(name)) is None:
+            continue
+        shape, steps = document["settings"]["shape"], document["settings"]["steps"]
+        heading = f"{' × '.join(map(str, shape))}, {steps:,} steps"
+        lines += [f"| {heading} | seconds | over ideal | pyrevolve at equal memory over this |", "|---|---|---|---|"]
+        for case, found in document["results"]["cases"].items():
+            over = document["results"]["ratios"].get(case, {})
+            values = [over.get("over ideal"), over.get("pyrevolve at equal memory over this")]
+            cells = ["–" if value is None else f"{value:.2f}" for value in values]
+            lines.append(f"| {case} | {found['seconds']['median']:.1f} | {cells[0]} | {cells[1]} |")
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
+def planning() -> str:
+    """How long it takes to have a schedule, first action to last."""
+    lines = ["| | N | first action | all actions |", "|---|---|---|---|"]
+    for case, found in load("planning")["results"].items():
+        name, steps = case.rsplit(" N=", 1)
+        cells = [
+            "took too long" if found[key] is None else f"{found[key]:.2g} s" for key in ("first_seconds", "all_seconds")
+        ]
+        lines.append(f"| {name} | {int(steps):,} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
+
+
 def _found(name: str) -> dict[str, Any] | None:
     return load(name) if (common.RESULTS / f"{name}.json").exists() else None
 
@@ -177,9 +207,12 @@ def main() -> None:
     text = fill(text, "observed", observed())
     text = fill(text, "residuals", residuals())
     text = fill(text, "durable", durable())
+    text = fill(text, "devito", devito())
     if (common.RESULTS / "jax_scan.json").exists():
         text = fill(text, "jax", jax())
     README.write_text(text, encoding="utf-8")
+    page = README.parent / "docs" / "schedules.md"
+    page.write_text(fill(page.read_text(encoding="utf-8"), "planning", planning()), encoding="utf-8")
 
 
 if __name__ == "__main__":
