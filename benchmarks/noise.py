@@ -98,7 +98,7 @@ class NoisyTier:
     def __init__(self, inner: DiskTier, writes: Duration, reads: Duration) -> None:
         self._inner, self._writes, self._reads = inner, writes, reads
         self._closed = threading.Event()
-        self.reserve, self.release = inner.reserve, inner.release
+        self.reserve, self.release, self.item_nbytes = inner.reserve, inner.release, inner.item_nbytes
 
     def write(self, key: Key, data: Any) -> None:
         ends = time.perf_counter() + self._writes(key)
@@ -348,7 +348,7 @@ def main() -> None:
             verdict = "within" if result["within"] else "OUTSIDE"
             print(
                 f"{name:<45} over the best {result['over_best']:.3f}, over the best that never waits "
-                f"{result['over_best_without_waiting']:.3f}, waits forward {result['forward_stall_seconds']:.3f} s  {verdict}"
+                f"{result['over_best_without_waiting']:.3f}, waits {result['forward_stall_seconds']:.3f} s  {verdict}"
             )
 
 
