@@ -4,7 +4,9 @@ One disk is the real one; the other is the real one throttled to a tenth of what
 measured of it.  Every run is a process of its own and the cases take turns.  Time should
 be predicted within 10 % (median of the runs), counted memory within 5 %.
 
-``python -m benchmarks.prediction [--repeats N] [--disk DIR] [--quick]``
+``python -m benchmarks.prediction [--only lstm|stencil] [--on real|tenth] [--repeats N] [--disk DIR] [--quick]``
+
+A part of the cases joins what the same sources gave for the others.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ LSTM_STEPS, LSTM_STATES = 6_000, (24, 64, 512)
 """States of 128 KiB."""
 STENCIL_STEPS, STENCIL_STATES = 150, (4, 8, 16)
 """States of 64 MiB."""
-DISKS = {"real": 1.0, "a tenth": 0.1}
+DISKS = {"real": 1.0, "tenth": 0.1}
 WITHIN_TIME, WITHIN_MEMORY = 0.10, 0.05
 
 
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--disk", default=None, help="directory to spill to; beside this program if not given")
     parser.add_argument("--quick", action="store_true", help="one short run a case, to see that it works")
     parser.add_argument("--only", choices=("lstm", "stencil"), default=None)
+    parser.add_argument("--on", choices=tuple(DISKS), default=None)
     arguments = parser.parse_args()
     repeats = 1 if arguments.quick else arguments.repeats
     shorter = 6 if arguments.quick else 1
@@ -139,7 +142,8 @@ def main() -> None:
                 ("lstm", lstm, LSTM_STEPS, LSTM_STATES),
                 ("stencil", stencil, STENCIL_STEPS, STENCIL_STATES),
             ):
-                for states in budgets if arguments.only in (None, what) else ():
+                wanted = arguments.only in (None, what) and arguments.on in (None, share_name)
+                for states in budgets if wanted else ():
                     name = f"{what}, memory for {states} states, disk: {share_name}"
                     cases[name] = (function, (steps // shorter, states, disk, speeds, share))
         outcomes = common.interleave_apart(cases, repeats=repeats)
@@ -147,12 +151,12 @@ def main() -> None:
         "repeats": repeats,
         "lstm_steps": LSTM_STEPS // shorter,
         "stencil_steps": STENCIL_STEPS // shorter,
-        "write_bytes_per_second": speeds[0],
-        "read_bytes_per_second": speeds[1],
+        "sources": common.sources(),
     }
     name = "prediction_quick" if arguments.quick else "prediction"
-    results = {case: judged(runs) for case, runs in outcomes.items()}
-    common.write(name, settings, results)
+    speed = {"write_bytes_per_second": speeds[0], "read_bytes_per_second": speeds[1]}
+    results = {case: {**judged(runs), "disk_was_probed_at": speed} for case, runs in outcomes.items()}
+    common.write(name, settings, {**common.earlier(name).get("results", {}), **results})
     for case, found in results.items():
         verdict = "within" if found["within"] else "OUTSIDE"
         print(f"{case:<50} time {found['time_error']:+7.1%}  memory {found['memory_error']:+7.1%}  {verdict}")

@@ -78,11 +78,17 @@ class Speeds:
 
     forward: float | Callable[[int], float]
     """Seconds of a step; or of each step, by its number."""
-    reverse: float
+    reverse: float | Callable[[int], float]
+    """Seconds of an adjoint step; or of each."""
     write: Duration
     read: Duration
     record: float | None = None
     pull_back: float | None = None
+
+
+def _in_all(seconds: float | Callable[[int], float], start: int, stop: int) -> float:
+    """Seconds of steps ``[start, stop)``."""
+    return sum(map(seconds, range(start, stop))) if callable(seconds) else seconds * (stop - start)
 
 
 class _Machine:
@@ -129,8 +135,7 @@ class _Machine:
         self.work = stop
 
     def forward_seconds(self, start: int, stop: int) -> float:
-        forward = self.speeds.forward
-        return sum(map(forward, range(start, stop))) if callable(forward) else forward * (stop - start)
+        return _in_all(self.speeds.forward, start, stop)
 
     def advance(self, action: Advance) -> None:
         if self.stock.steps is None and action.stop >= self.steps:
@@ -152,10 +157,10 @@ class _Machine:
         self.run_steps(action.start, stop, plain if record is None else record * (stop - action.start))
         self.recorded += stop - action.start
 
-    def reverse(self, start: int, stop: int, seconds: float) -> None:
+    def reverse(self, start: int, stop: int, seconds: float | Callable[[int], float]) -> None:
         if self.adjoint != min(stop, self.steps) or not self.turned:
             raise PlanError(f"adjoint of [{start}, {stop}) asked for while it stands at {self.adjoint}")
-        self.pass_time(self.now + seconds * (min(stop, self.steps) - start))
+        self.pass_time(self.now + _in_all(seconds, start, min(stop, self.steps)))
         self.adjoint, self.work = start, None
 
     def wait(self) -> None:
@@ -188,7 +193,9 @@ class _Machine:
             case Reverse(start, stop):
                 if self.work != start:
                     raise PlanError(f"adjoint of [{start}, {stop}) while the working state is {self.work}")
+                began = self.now
                 self.reverse(start, stop, self.speeds.reverse)
+                self.stock.reverse.add((self.now - began) / (min(stop, self.steps) - start))
             case PullBack(start, stop):
                 if not self.stock.residuals.resident(start):
                     raise PlanError(f"residuals {start} are not in memory")
@@ -305,7 +312,7 @@ def _set_up(
     machine = _Machine(stock, speeds, steps)
     probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
     stock.forward.add(believed.forward(0) if callable(believed.forward) else believed.forward)
-    stock.reverse.add(believed.reverse)
+    stock.reverse.add(believed.reverse(steps - 1) if callable(believed.reverse) else believed.reverse)
     stock.write.add(believed.write(probe))
     stock.read.add(believed.read(probe))
     stock.block_write.add(believed.write(block))

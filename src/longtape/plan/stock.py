@@ -25,6 +25,13 @@ from longtape.actions import Key, Kind
 from longtape.errors import PlanError
 from longtape.plan.costs import RunningMean
 
+MOST_OF_MEAN = 4.0
+"""A transfer counts in its running mean for no more than so many times that mean.
+
+One stall says little of the transfers after it, and must not thin out what is stored; a disk that has become slower
+shows within a few transfers all the same.
+"""
+
 
 class Status(Enum):
     """What is happening to an item in memory."""
@@ -208,7 +215,7 @@ class Stock:
         self._writing_since = self.clock()
         shelf = self.shelf(key.kind)
         if ok and seconds is not None:
-            (self.write if key.kind is Kind.SNAPSHOT else self.block_write).add(seconds)
+            _note(self.write if key.kind is Kind.SNAPSHOT else self.block_write, seconds)
         if shelf.memory[key.step] is Status.DOOMED:
             shelf.remove(key.step)
             return True
@@ -225,7 +232,7 @@ class Stock:
         self.reads.remove(key)
         shelf = self.shelf(key.kind)
         if ok and seconds is not None:
-            (self.read if key.kind is Kind.SNAPSHOT else self.block_read).add(seconds)
+            _note(self.read if key.kind is Kind.SNAPSHOT else self.block_read, seconds)
         if ok and shelf.memory[key.step] is not Status.DOOMED:
             shelf.become(key.step, Status.RESIDENT)
             return False
@@ -261,3 +268,7 @@ class Stock:
         shelf = self.shelf(key.kind)
         shelf.stored.discard(key.step)
         shelf.clean.discard(key.step)
+
+
+def _note(mean: RunningMean, seconds: float) -> None:
+    mean.add(min(seconds, MOST_OF_MEAN * mean.value) if mean.value > 0.0 else seconds)

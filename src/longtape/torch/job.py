@@ -39,6 +39,10 @@ MOST_SAMPLED = 64
 
 SAMPLE_NBYTES = 1 << 20
 
+MOST_TIMED = 16
+TIMED_NBYTES = 8 << 20
+"""How often a step is recorded to time it, and the most room that takes."""
+
 
 class Randomness:
     """The state of PyTorch's default generators, kept as one more leaf of a snapshot when steps draw from them.
@@ -463,21 +467,30 @@ class ScanJob:
             self._rounded = self.stepper.only_graph
 
     def _time_recording(self, steps: CapturedSteps, forward: float) -> JobCosts:
-        """Record step 0 and pull back through it a few times; nothing is kept of it."""
-        block = steps.spare_block()
-        clock, x = time.perf_counter, self.inputs.leaves(0)
+        """Record step 0 again and again, each time from its last result, and pull back; nothing is kept of it.
+
+        If all were put in one place, it would stay in the caches, as it does not in a sweep.
+        """
+        count = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
+        block, clock, x = steps.spare_block(count), time.perf_counter, self.inputs.leaves(0)
         record, pull_back = [], []
 
         def once() -> float:
             self.load_initial()
+            carry, y, numbers = self.carry, Leaves(), []
             began = clock()
-            carry, y, number = steps.record(0, self.carry, self.inputs.leaves(0), block, 0)
+            for place in range(count):
+                carry, y, number = steps.record(0, carry, x, block, place)
+                numbers.append(number)
             turned = clock()
             ones = ones_like([*carry, *y])
+            carry_bar: list[Cotangent] = list(ones[: len(carry)])
+            y_bar: Cotangents = list(ones[len(carry) :])
             ready = clock()
-            steps.pull_back(number, block, 0, x, list(ones[: len(carry)]), list(ones[len(carry) :]))
-            record.append(turned - began)
-            pull_back.append(clock() - ready)
+            for place in reversed(range(count)):
+                carry_bar, _ = steps.pull_back(numbers[place], block, place, x, carry_bar, y_bar)
+            record.append((turned - began) / count)
+            pull_back.append((clock() - ready) / count)
             return clock() - began
 
         _typical(once)
