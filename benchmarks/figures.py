@@ -95,6 +95,30 @@ def observed() -> str:
             for case, found in noise["results"].items()
         ]
         lines.append("")
+    if (surprises := _found("surprises")) is not None:
+        lines += [
+            "| other costs than the plan was told, real runs | over the best that never waits | forward sweep waited |",
+            "|---|---|---|",
+        ]
+        lines += [
+            f"| {case} | {found['over_best_without_waiting']:.3f} | {found['forward_stall_seconds']:.1f} s |"
+            for case, found in surprises["results"].items()
+        ]
+        lines.append("")
+    if (thinning := _found("thinning")) is not None:
+        extra = [f"{found['extra_a_step']:+.2f} ({case})" for case, found in thinning["results"].items()]
+        lines += [
+            f"Unknown length and storage for {thinning['settings']['room']} states: advances a step beyond those of an "
+            f"even spacing, in real runs: {', '.join(extra)}.",
+            "",
+        ]
+    if (unknown := _found("unknown")) is not None:
+        medians = {case: found["median"] for case, found in unknown["results"].items()}
+        costs = [
+            f"{medians[f'unknown, {where}'] / medians[f'known, {where}'] - 1:+.1%} with {where}"
+            for where in ("disk", "memory alone")
+        ]
+        lines += [f"An LSTM of unknown length, {unknown['settings']['steps']:,} steps: {', '.join(costs)}.", ""]
     if (observing := _found("observing")) is not None:
         found = observing["results"]
         lines += [
