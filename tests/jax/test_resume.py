@@ -124,6 +124,28 @@ def test_another_scan_is_refused(tmp_path, what, options):
     assert (small(tmp_path) == small(tmp_path / "new")).all()
 
 
+def test_another_derivative_rule_is_refused(tmp_path):
+    def gradient(factor, observers=()):
+        @jax.custom_vjp
+        def rule(u):
+            return jnp.sin(u)
+
+        rule.defvjp(lambda u: (jnp.sin(u), u), lambda u, bar: (factor * bar * jnp.cos(u),))
+
+        def loss(init):
+            options = {"memory": 200, "resume": tmp_path, "resume_seconds": 1e-6}
+            return lt.scan(lambda c, _: (rule(c), None), init, None, 50, observers=observers, **options)[0].sum()
+
+        return jax.grad(loss)(jnp.arange(3.0))
+
+    with pytest.raises(Stop):
+        gradient(1.0, [Stopper(2, turned=True)])
+    with pytest.raises(longtape.ResumeError, match="adjoint of the step"):
+        gradient(0.5)
+    gradient(1.0)
+    assert not os.listdir(tmp_path)
+
+
 def test_other_cotangents_begin_the_reverse_sweep_anew(tmp_path):
     weights, init, xs = resumed.problem()
 

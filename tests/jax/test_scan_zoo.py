@@ -195,7 +195,7 @@ def _assert_close(found: Any, wanted: Any) -> None:
             np.testing.assert_array_equal(a, b)
             continue
         scale = float(jnp.abs(b).max()) if b.size else 1.0
-        rounding = 1e-2 if b.dtype == jnp.bfloat16 else 1e-6
+        rounding = 1e-2 if b.dtype == jnp.bfloat16 else 1e-12 if b.dtype in (np.float64, np.complex128) else 1e-6
         difference = np.abs(np.asarray(a, np.complex128) - np.asarray(b, np.complex128))
         assert difference.max(initial=0) <= rounding * max(scale, 1e-30)
 
@@ -227,11 +227,15 @@ def test_bit_for_bit_where_the_operations_are_the_same(name: str, expected: Any)
         np.testing.assert_array_equal(a, b)
 
 
-def test_double_precision() -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_double_precision(name: str) -> None:
+    def widened(leaf: Any) -> Any:
+        if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return leaf.astype(np.complex128 if jnp.iscomplexobj(leaf) else np.float64)
+
     with jax.enable_x64(True):
-        wide = [jax.tree.map(lambda a: a.astype(np.float64), part) for part in (RK4, VECTOR, XS)]
-        case = (_rk4, *wide)
+        step, *parts = CASES[name]
+        case = (step, *[jax.tree.map(widened, part) for part in parts])
         found, wanted = _vjp(case, lambda *a: lt.scan(*a, memory=3000)), _vjp(case, lax.scan)
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-            assert a.dtype == np.float64
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * float(jnp.abs(b).max()))
+        _assert_close(found, wanted)

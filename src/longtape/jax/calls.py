@@ -208,6 +208,8 @@ class Call:
         fingerprint = {
             "front end": "longtape.jax.scan",
             "step": of_program(loop.step),
+            "adjoint of the step": " ".join(map(of_program, chunks.programs())),
+            "set of constants": of_arrays(chunks.constants),
             "number of steps": str(self._steps),
             "direction": "reverse" if self._reverse else "forward",
             "set of derivatives": str(wanted),

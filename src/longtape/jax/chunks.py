@@ -202,11 +202,9 @@ class Chunks:
             return self.record
         return self._compile(self._record, (*self._ahead(ys=False), self.stacks(self.kept), _COUNT), (2, 4, 5))
 
-    @cached_property
-    def pull_back(self) -> Any:
-        """``(consts, kept, xs, ys_bar, const_bars!, carry_bar!, xs_bar!, count)``; returns the three donated."""
+    def _back(self) -> tuple[Any, ...]:
         assert self.adjoint is not None
-        types = (
+        return (
             [kind.raw for kind in [*self.consts, *self._made]],
             self.stacks(self.kept),
             self.stacks(self.x) if self.adjoint.needs_x else [],
@@ -216,4 +214,13 @@ class Chunks:
             self.stacks(self.x_bars),
             _COUNT,
         )
-        return self._compile(self._pull_back, types, (4, 5, 6))
+
+    @cached_property
+    def pull_back(self) -> Any:
+        """``(consts, kept, xs, ys_bar, const_bars!, carry_bar!, xs_bar!, count)``; returns the three donated."""
+        return self._compile(self._pull_back, self._back(), (4, 5, 6))
+
+    def programs(self) -> list[core.ClosedJaxpr]:
+        """What `record` and `pull_back` are compiled from, derivative rules of the user's included."""
+        ahead = *self._ahead(ys=True), self.stacks(self.kept), _COUNT
+        return [jax.make_jaxpr(self._record)(*ahead), jax.make_jaxpr(self._pull_back)(*self._back())]
