@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.jax_scan``, with ``--quick`` for small sizes that only show that it works; ``--only`` and
 ``--steps`` take slices, which join those in the file that the same sources gave.  Each case runs in a process of its
-own, one compute thread, cases taken in turn; a process compiles and warms up on the first sizes before it is timed.
+own, one compute thread, cases taken in turn, and compiles before it is timed: ours by running some first steps, the
+others for all of them.
 """
 
 from __future__ import annotations
