@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from math import ceil, inf
 from typing import Any
 
@@ -21,7 +23,7 @@ from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover, Traffic
 from longtape.engine.trace import Trace
-from longtape.engine.workers import Workers
+from longtape.engine.workers import Aside, Workers
 from longtape.errors import BudgetError, ResumeError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
 from longtape.measure import CodecSpeed, JobCosts, measure_codec, measure_tier
@@ -33,9 +35,10 @@ from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
-from longtape.protocols import Job, Observer, Tier
+from longtape.protocols import Bytes, Job, Observer, Tier
 from longtape.report import Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
+from longtape.tiers.aligned import HUGE_PAGE, provide
 from longtape.tiers.codecs import parse_codec
 from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
@@ -164,6 +167,8 @@ class Run:
         self.costs: Costs
         self._tier: Tier | None = None
         self._workers: Workers | None = None
+        self._wanted = deque[Bytes]()
+        self._providing = Aside("memory")
         memory = parse_bytes(settings.memory)
         if not settings.stuck_seconds > 0:
             raise UsageError(
@@ -191,6 +196,7 @@ class Run:
                 self.choice, self.costs = begun
             self._assemble()
         except BaseException:
+            self._stop_providing()
             self._release_storage(self._settings.stuck_seconds)
             if self._keeper is not None and self._keeper.begin is None:
                 self._keeper.finish()  # nothing has begun that could be gone on with
@@ -526,17 +532,18 @@ class Run:
         return job
 
     def _touch_slots(self) -> None:
-        """Have the system provide the memory the sweeps will use, now rather than between two steps."""
+        """Have the system provide the memory the sweeps will use before they do, and beside the first steps."""
         choice = self.choice
         interval = ceil(choice.spacing / choice.window) if choice.uses_disk and not choice.record_fraction else 0
         wanted = interval + 2 * STAGED if choice.uses_disk else choice.slots
         for kind, most in ((Kind.SNAPSHOT, self._traits.working_slots + wanted), (Kind.RESIDUALS, 2 * STAGED)):
-            pool = self._pools[kind]
-            taken = [pool.take() for _ in range(min(most, pool.free))]
-            for slot in taken:
-                slot.data[::ALIGNMENT] = 0
-            for slot in reversed(taken):
-                pool.give(slot)
+            memory = self._pools[kind].memory(most)
+            if memory.nbytes and not provide(memory[:HUGE_PAGE]):
+                memory[::ALIGNMENT] = 0
+            else:
+                self._wanted.extend(memory[k : k + HUGE_PAGE] for k in range(HUGE_PAGE, memory.nbytes, HUGE_PAGE))
+        if self._wanted:
+            self._providing.submit(partial(_provide_all, self._wanted))
 
     def _held(self) -> tuple[int, int]:
         stored = self._mover.stored_nbytes if self._compressed is None else self._compressed.stored_nbytes
@@ -612,9 +619,14 @@ class Run:
             return  # a fork: locks and files are the parent's, whose workers may be holding them
         if self._keeper is not None:
             self._keeper.stop()
+        self._stop_providing()
         self._mover.close()
         for pool in self._pools.values():
             pool.close()
+
+    def _stop_providing(self) -> None:
+        self._wanted.clear()
+        self._providing.close(_PATIENCE_SECONDS)
 
     def _release_storage(self, timeout: float) -> None:
         if self._workers is not None:
@@ -842,6 +854,12 @@ def closed_if_it_fails(run: Run) -> Iterator[None]:
     except BaseException:
         run.close()
         raise
+
+
+def _provide_all(wanted: deque[Bytes]) -> None:
+    while wanted:
+        with suppress(IndexError):  # nobody wants the rest any more
+            provide(wanted.popleft())
 
 
 def _warn(message: str) -> None:

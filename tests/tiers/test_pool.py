@@ -6,7 +6,8 @@ import pytest
 
 from longtape.errors import StateError, UsageError
 from longtape.protocols import Pool, Slot
-from longtape.tiers.aligned import HUGE_PAGE, address_of, map_aligned
+from longtape.tiers import linux
+from longtape.tiers.aligned import HUGE_PAGE, address_of, map_aligned, provide
 from longtape.tiers.pool import SlotPool
 
 
@@ -133,3 +134,34 @@ def test_a_view_that_outlives_the_pool_stays_good() -> None:
     pool.close()
     assert (view == 9).all()
     view[:] = 1
+
+
+def test_provided_memory_is_there_and_keeps_its_content() -> None:
+    mapping, data = map_aligned(16 * HUGE_PAGE, 4096)
+    data[5] = 7
+    before = resident_bytes()
+    if not provide(data[1:]):
+        pytest.skip("this system provides memory only when it is used")
+    assert resident_bytes() - before > 14 * HUGE_PAGE
+    assert data[5] == 7
+    assert not data[6:].any()
+    del data
+    mapping.close()
+
+
+def test_a_system_that_cannot_provide_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linux, "_POPULATE_WRITE", 9999)
+    _, data = map_aligned(100, 8)
+    assert not provide(data)
+
+
+def test_the_memory_of_the_slots_that_go_out_first() -> None:
+    pool = SlotPool(5, 100, alignment=64)
+    pool.memory(2)[:] = 1
+    slots = [pool.take() for _ in range(5)]
+    assert [int(slot.data.sum()) for slot in slots] == [100, 100, 0, 0, 0]
+    assert pool.memory(99).nbytes == 5 * 128
+    del slots
+    pool.close()
+    with pytest.raises(StateError):
+        pool.memory(1)

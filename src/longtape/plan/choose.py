@@ -409,7 +409,10 @@ def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
     for window in _block_windows(problem, costs):
         for footprint in _block_footprints(problem, window):
             for run in _RUNS:
-                yield from _recorded_choices(Recording(problem, costs, footprint, run))
+                found = list(_recorded_choices(Recording(problem, costs, footprint, run)))
+                yield from found
+                if [choice.record_fraction for choice in found] == [1.0]:
+                    break  # storage carries every window in both sweeps, so that there are no plain runs
 
 
 def _block_windows(problem: Problem, costs: Costs) -> list[int]:

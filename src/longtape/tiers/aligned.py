@@ -13,6 +13,7 @@ import mmap
 import numpy as np
 
 from longtape.protocols import Bytes
+from longtape.tiers import linux
 
 HUGE_PAGE = 2 << 20
 
@@ -53,3 +54,17 @@ def map_aligned(nbytes: int, alignment: int) -> tuple[mmap.mmap, Bytes]:
     whole = np.frombuffer(mapping, dtype=np.uint8)
     start = -address_of(whole) % alignment
     return mapping, whole[start : start + nbytes]
+
+
+def provide(data: Bytes) -> bool:
+    """Have the system provide the pages that hold `data`, whose content stays as it is; False if it cannot be asked to.
+
+    Others may use the memory meanwhile; but to map memory they wait until the call returns.
+    """
+    address = address_of(data)
+    first = address - address % mmap.PAGESIZE
+    try:
+        linux.populate(first, -(-(address + data.nbytes - first) // mmap.PAGESIZE) * mmap.PAGESIZE)
+    except OSError:
+        return False
+    return True

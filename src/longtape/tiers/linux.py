@@ -1,4 +1,4 @@
-"""System calls that Python does not offer: statx, fallocate and sync_file_range.
+"""System calls that Python does not offer, or calls with the GIL: statx, fallocate, sync_file_range and madvise.
 
 Owns the ctypes declarations; must not know what the file is for.  Any thread may call;
 the calls release the GIL.
@@ -21,6 +21,7 @@ _AT_EMPTY_PATH = 0x1000
 _STATX_DIOALIGN = 0x2000
 _STATX_WORDS = 64  # struct statx is 256 bytes; we read words of 32 bits
 _MASK, _DIO_MEM_ALIGN, _DIO_OFFSET_ALIGN = 0, 0x98 // 4, 0x9C // 4
+_POPULATE_WRITE = 23
 _SYNC_WRITE = 2
 _SYNC_WAIT = 1 | 2 | 4  # wait for what is under way, write, wait
 
@@ -64,6 +65,17 @@ def finish_writeback(fd: int, offset: int, nbytes: int) -> None:
         _call(_libc.sync_file_range, fd, _offset(offset), _offset(nbytes), _SYNC_WAIT)
     else:
         os.fsync(fd)
+
+
+def populate(address: int, nbytes: int) -> None:
+    """Have the system provide the memory of whole pages, whose content stays as it is.
+
+    Raises:
+        OSError: ``EINVAL`` or ``ENOSYS``: cannot be asked for here.
+    """
+    if not hasattr(_libc, "madvise"):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    _call(_libc.madvise, ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _POPULATE_WRITE)
 
 
 def drop_cache(fd: int, offset: int, nbytes: int) -> None:

@@ -14,7 +14,7 @@ import contextlib
 import numpy as np
 
 from longtape.errors import StateError, UsageError
-from longtape.protocols import Slot
+from longtape.protocols import Bytes, Slot
 from longtape.sizes import format_bytes
 from longtape.tiers.aligned import map_aligned
 
@@ -40,15 +40,15 @@ class SlotPool:
         if alignment < 1 or alignment & (alignment - 1):
             raise UsageError(f"the alignment of slots must be a power of two, not {alignment}")
         self.count, self.nbytes, self.alignment = count, nbytes, alignment
-        stride = -(-nbytes // alignment) * alignment
+        self._stride = stride = -(-nbytes // alignment) * alignment
         try:
-            self._mapping, arena = map_aligned(count * stride, alignment)
+            self._mapping, self._arena = map_aligned(count * stride, alignment)
         except (OSError, OverflowError, ValueError) as error:
             raise UsageError(
                 f"a pool of {count} slots of {format_bytes(nbytes)} takes {format_bytes(count * stride)} of memory, "
                 f"which the system refuses ({error}); ask for fewer slots"
             ) from error
-        slots = [Slot(arena[k * stride : k * stride + nbytes]) for k in range(count)]
+        slots = [Slot(self._arena[k * stride : k * stride + nbytes]) for k in range(count)]
         self._all = frozenset(slots)
         self._free = slots[::-1]
         self._out: set[Slot] = set()
@@ -60,6 +60,11 @@ class SlotPool:
     def free(self) -> int:
         """How many slots `take` can still give out."""
         return len(self._free)
+
+    def memory(self, count: int) -> Bytes:
+        """The memory of those slots of a new pool that go out first, at most `count`."""
+        self._require_open()
+        return self._arena[: min(count, self.count) * self._stride]
 
     def take(self) -> Slot:
         """A free slot, its bytes as they were left; the caller owns it until it gives it back.
@@ -104,6 +109,7 @@ class SlotPool:
         self._free.clear()
         self._out.clear()
         self._all = frozenset()
+        self._arena = np.empty(0, dtype=np.uint8)
         with contextlib.suppress(BufferError):  # a view outlives the pool, and keeps the memory
             self._mapping.close()
 
