@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import longtape.torch as lt
-from longtape.errors import StepError, UsageError
+from longtape.errors import ReplayError, StepError, UsageError
+from longtape.testing.tiers import ThrottledTier
+from longtape.tiers.memory import MemoryTier
 
 WIDTH = 8
 
@@ -70,6 +72,56 @@ def test_a_disk_limit_is_kept_to(tmp_path, limit, capture):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-8)
     assert reports[0].measured.peak_disk_bytes <= int(limit.rstrip("KB")) * 1000
     assert not reports[0].faults
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_verified_states_are_those_of_the_forward_sweep(tmp_path, capture):
+    reports = []
+    found = looped(120, reports, disk=tmp_path, capture=capture, verify=True)
+    for ours, exact in zip(found, plain(120), strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-8)
+    assert reports[0].states_verified > 0
+
+
+def test_a_step_that_gives_something_else_when_it_is_run_again_is_found():
+    calls = []
+
+    def step(carry):
+        calls.append(None)
+        h, count = carry
+        return h * 1.01 + 1e-3 * len(calls) * (count > 20), count + 1
+
+    h0 = torch.ones(64, requires_grad=True)
+    init = h0, torch.zeros((), dtype=torch.int64)
+    h, _ = lt.while_loop(lambda carry: carry[1] < 80, step, init, memory=1200, capture=False, verify=True)
+    with pytest.raises(ReplayError, match="carry"):
+        h.sum().backward()
+
+
+def test_what_goes_to_storage_is_compressed():
+    reports = []
+    tier = ThrottledTier(MemoryTier(), write_bytes_per_second=1e5, read_bytes_per_second=1e5)
+
+    def step(carry):
+        h, count = carry
+        return torch.tanh(1.01 * h), count + 1
+
+    h0 = torch.zeros(1 << 14, requires_grad=True)
+    init = h0, torch.zeros((), dtype=torch.int64)
+    h, _ = lt.while_loop(
+        lambda carry: carry[1] < 300,
+        step,
+        init,
+        memory=6 * (1 << 16),
+        tier=tier,
+        capture=False,
+        compress="bitshuffle+lz4",
+        on_report=lambda run: reports.append(run.report),
+    )
+    h.sum().backward()
+    expected = torch.ones(1 << 14, dtype=torch.float64) * 1.01**300
+    torch.testing.assert_close(h0.grad.double(), expected, rtol=1e-4, atol=0)
+    assert reports[0].codec is not None
 
 
 def test_a_condition_that_does_not_hold_at_first():

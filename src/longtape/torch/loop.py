@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from longtape.compose import Hooks, Run, Settings
+from longtape.compose import Hooks, Run, Settings, refuse_lossy_verification
 from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.torch.inputs import NoInputs
 from longtape.torch.scan import CAPTURED_FROM, Call
-from longtape.torch.structure import Leaves, Structure, flatten
+from longtape.torch.structure import Leaves, Structure, flatten, paths
 
 
 def while_loop(
@@ -34,6 +34,10 @@ def while_loop(
     on_plan: Callable[[Choice], None] | None = None,
     on_report: Callable[[Run], None] | None = None,
     capture: bool | None = None,
+    verify: bool = False,
+    stuck_seconds: float = 30.0,
+    compress: str | None = None,
+    compile: bool = False,
 ) -> Any:
     """Run ``carry = step(carry)`` while ``cond(carry)``, so that gradients fit in `memory`.
 
@@ -56,6 +60,10 @@ def while_loop(
         on_plan: Called with the chosen plan before the forward sweep.
         on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
         capture: As in `scan`; None captures the step unless `max_steps` is less than 256.
+        verify: As in `scan`: compare states that are computed again, or fetched, with what they were.
+        stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
+        compress: As in `scan`: codec for what goes to storage, used where it is predicted to pay.
+        compile: As in `scan`: hand the captured graphs to PyTorch's compiler.
 
     Returns:
         The final carry; `init` as it is where `cond` does not hold for it.
@@ -64,6 +72,7 @@ def while_loop(
         UsageError: An argument that cannot be honoured.
         BudgetError: `memory` is less than one carry.
         StepError: The step breaks its contract, or `cond` does.
+        ReplayError: A step gave something else when it was run again, and `verify` is set.
         Exception: Whatever `step` or `cond` raises, with a note naming the step.
     """
     leaves, carry = flatten(init)
@@ -72,13 +81,24 @@ def while_loop(
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+    if verify:
+        refuse_lossy_verification(compress)
     ends = _Ends(cond, carry, max_steps)
     if ends(0, [leaf.detach() for leaf in leaves]):
         return init
-    settings = Settings(memory, disk=disk, disk_limit=disk_limit, observers=tuple(observers), tier=tier)
+    settings = Settings(
+        memory,
+        disk=disk,
+        disk_limit=disk_limit,
+        observers=tuple(observers),
+        tier=tier,
+        compress=compress,
+        stuck_seconds=stuck_seconds,
+    )
     call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report))
     call.title, call.ends = "while_loop", ends
-    call.captures = (max_steps is None or max_steps >= CAPTURED_FROM) if capture is None else capture
+    call.names = paths(init, "carry") if verify else None
+    call.use_graphs(capture, compiles=compile, pays=max_steps is None or max_steps >= CAPTURED_FROM)
     return call.run()[0]
 
 

@@ -143,10 +143,6 @@ def scan(
     for position, leaf in enumerate(init_leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if compile and capture is False:
-        raise UsageError(
-            "compile=True hands captured graphs to the compiler, but capture=False makes none; leave one out"
-        )
     if steps < 1:
         raise UsageError(f"a scan needs at least one step, not {steps}")
     if verify:
@@ -162,9 +158,7 @@ def scan(
     )
     call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
     call.names = paths(init, "carry") if verify else None
-    call.captures = steps >= CAPTURED_FROM if capture is None and not compile else capture is not False
-    call.exactly = capture is None and not compile
-    call.compiles = compile
+    call.use_graphs(capture, compiles=compile, pays=steps >= CAPTURED_FROM)
     seconds = check_seconds(resume_seconds)
     if resume is not None:
         refuse_resuming(steps=steps, tier=tier, compress=compress)
@@ -218,6 +212,20 @@ class Call:
         self._notes: list[str] = []
         self.closed: Leaves = []
         self.pending: _Pending | None = None
+
+    def use_graphs(self, capture: bool | None, *, compiles: bool, pays: bool) -> None:
+        """Say whether to run captured graphs, and which; None where it pays.
+
+        Raises:
+            UsageError: Graphs are to be compiled that must not be captured.
+        """
+        if compiles and capture is False:
+            raise UsageError(
+                "compile=True hands captured graphs to the compiler, but capture=False makes none; leave one out"
+            )
+        asked = capture is not None or compiles
+        self.captures = capture is not False if asked else pays
+        self.exactly, self.compiles = not asked, compiles
 
     def run(self) -> tuple[Any, Any]:
         if not self._wants_gradient():
