@@ -181,26 +181,22 @@ def main() -> None:
     parser.add_argument("--disk", default=None, help="directory for scratch files")
     arguments = parser.parse_args()
     quick = arguments.quick
-    before = {} if quick else common.earlier("jax_scan").get("results", {})
-    with tempfile.TemporaryDirectory(dir=arguments.disk) as disk:
-        results = {
-            name: before.get(name)
-            if arguments.only not in (None, name)
-            else part(
+    settings = {"width": WIDTH, "batch": BATCH, "variables": VARIABLES, "disk_limit": LIMIT, "xla_flags": ONE_THREAD}
+    for name in PARTS if arguments.only is None else [arguments.only]:
+        before = {} if quick else common.earlier(f"jax_scan_{name}").get("results", {})
+        with tempfile.TemporaryDirectory(dir=arguments.disk) as disk:
+            found = part(
                 name,
                 arguments.steps,
                 quick=quick,
                 repeats=1 if quick else arguments.repeats,
                 disk=disk,
-                before=before.get(name) or {},
+                before=before,
             )
-            for name in PARTS
-        }
-    if quick:
-        print(results)
-        return
-    settings = {"width": WIDTH, "batch": BATCH, "variables": VARIABLES, "disk_limit": LIMIT, "xla_flags": ONE_THREAD}
-    common.write("jax_scan", {"sources": common.sources(), **settings}, {k: v for k, v in results.items() if v})
+        if quick:
+            print(name, found)
+        else:
+            common.write(f"jax_scan_{name}", {"sources": common.sources(), **settings}, found)
 
 
 if __name__ == "__main__":
