@@ -57,6 +57,7 @@ def layout_of(choice: Choice, problem: Problem) -> Layout:
     return Layout(
         window=choice.window,
         tail=choice.tail,
+        dense=choice.dense,
         fixed_spacing=choice.stall_spacing,
         longest_piece=choice.longest_piece,
         records=choice.blocks > 0,

@@ -33,6 +33,7 @@ from longtape.plan.predict import (
     Prediction,
     best_tail,
     can_record,
+    dense_tail,
     horizon,
     pace,
     predict_asynchronous,
@@ -63,6 +64,7 @@ _LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
 _LEAST_GAIN_BY_WAITING = 0.01
 _LEAST_GAIN_BY_REWRITING = 0.05
+_LEAST_GAIN_BY_DENSITY = 0.002
 _SAME_TIME = 1.0 + 1e-9
 _ROUNDING_SECONDS = 1e-9
 _MOST_REPEATS = 8
@@ -95,6 +97,8 @@ class Choice:
     stall_spacing: int | None
     """Store at exactly this many steps, waiting for storage where it does not keep up; None: as storage allows."""
     prediction: Prediction
+    dense: int = 0
+    """Last steps of which every state is kept, on storage or else in memory; then `tail` is 0."""
     alternatives: tuple[tuple[str, Prediction], ...] = ()
     """The best of each other schedule that fits, quickest first."""
     longest_piece: int | None = None
@@ -162,7 +166,8 @@ def _check(problem: Problem, costs: Costs) -> None:
             f"{problem.state_nbytes} bytes, which is the least that would do; raise the budget to at least that"
         )
     times = [costs.forward, costs.reverse, costs.record or 0.0, costs.pull_back or 0.0]
-    times += [costs.write_latency, costs.read_latency]
+    times += [costs.write_latency, costs.read_latency, costs.handling, costs.handling_per_byte]
+    times.append(costs.save)
     if not all(isfinite(t) and t >= 0.0 for t in times):
         raise UsageError(f"times must be finite and not negative, but the costs are {costs}")
     if problem.has_disk and not min(costs.write_bytes_per_second, costs.read_bytes_per_second) > 0.0:
@@ -301,7 +306,7 @@ def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
     greedy: list[Choice] = []
     limited: list[Choice] = []
     for footprint in _footprints(problem, costs):
-        choice = _spaced_choice(problem, costs, footprint, None)
+        choice = _densest(problem, costs, _spaced_choice(problem, costs, footprint, None))
         if _fits_disk(problem, choice):
             greedy.append(choice)
         elif problem.steps is None:  # what is stored will be thinned to that spacing
@@ -341,6 +346,20 @@ def _spaced_choice(
         tail=0 if problem.steps is None else min(problem.steps, tail * footprint.window),
         stall_spacing=None if fixed is None else fixed * footprint.window,
     )
+
+
+def _densest(problem: Problem, costs: Costs, choice: Choice) -> Choice:
+    """The choice, or one that keeps every state of its end where storage is almost fast enough for all of them."""
+    if problem.steps is None:
+        return choice
+    job, slots = pace(problem, costs, choice.footprint), working_slots(problem, choice.footprint)
+    dense = dense_tail(job, slots, spaced(job, slots))
+    if dense * choice.window <= choice.tail:
+        return choice
+    prediction = predict_asynchronous(problem, costs, choice.footprint, dense=dense)
+    found = replace(choice, dense=min(problem.steps, dense * choice.window), tail=0, prediction=prediction)
+    gains = _seconds(found) < (1.0 - _LEAST_GAIN_BY_DENSITY) * _seconds(choice)
+    return found if gains and _fits_disk(problem, found) else choice
 
 
 def _fits_disk(problem: Problem, choice: Choice) -> bool:

@@ -31,6 +31,10 @@ FAILURES_TO_GIVE_UP = 3
 """Writes in a row that fail for good before storage counts as dead, and memory is used as if there were none."""
 
 
+DENSE_RESERVE = 2
+"""Slots that are left to the reverse sweep where every state of the end is kept."""
+
+
 class ForwardSweep:
     """Yields the actions of the forward sweep up to the tail."""
 
@@ -38,7 +42,7 @@ class ForwardSweep:
         self._course = course
         self._tail = course.layout.tail
         self._last_store = 0
-        self._gap_factor = 1
+        self._gap_factor = self._dense_gap = 1
         self._thinning = Thinning(course)
         self._failures = 0
         self._writes_ended = 0
@@ -230,7 +234,11 @@ class ForwardSweep:
         if self._course.layout.fixed_spacing or self._course.layout.longest_piece:
             while self._course.stock.snapshots.available() <= 0 and self._course.stock.writes:
                 yield Await(room=Kind.SNAPSHOT)
-        if window and not self._course.stock.has_room(Kind.SNAPSHOT):
+        if window and window >= self._dense_from():
+            yield from self._spare_dense()
+            if window - self._last_store < self._dense_gap:
+                return
+        elif window and not self._course.stock.has_room(Kind.SNAPSHOT):
             made = yield from self._thinning.make_room(Kind.SNAPSHOT)
             if not made or (not after_record and window - self._last_store < self._thinning.least_gap):
                 return
@@ -248,7 +256,8 @@ class ForwardSweep:
             return
         yield Store(self._course.at(window))
         self._course.restarts.append(window)
-        if self._course.layout.stores and self._course.stock.has_room(Kind.SNAPSHOT):
+        waits = window >= self._dense_from() and not self._writer_is_free()
+        if self._course.layout.stores and not waits and self._course.stock.has_room(Kind.SNAPSHOT):
             yield Write(self._course.snapshot(window))
 
     def _wants_snapshot(self, window: int) -> bool:
@@ -257,18 +266,40 @@ class ForwardSweep:
             return True
         if since < self._thinning.least_gap:
             return False
+        if window >= self._dense_from():
+            return since >= self._dense_gap
         if self._course.layout.longest_piece:
             return window >= self._next_cut()
         if self._course.layout.fixed_spacing:
             return since >= self._course.windows(self._course.layout.fixed_spacing)
-        stock = self._course.stock
         if self._course.rules.keep_spacing and since < max(1, floor(self._course.spacing())):
             return False
-        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < self._course.forward_seconds * (1 - 1e-9)
-        if (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2:
+        if self._writer_is_free():
             self._gap_factor = 1
             return True
         return self._course.rules.elastic and self._wants_elastic(since)
+
+    def _writer_is_free(self) -> bool:
+        """No write is under way, or the only one will have ended before one more window has."""
+        stock = self._course.stock
+        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < self._course.forward_seconds * (1 - 1e-9)
+        return (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2
+
+    def _dense_from(self) -> float:
+        """The first window of the end of which every state is kept."""
+        steps, dense = self._course.stock.steps, self._course.layout.dense
+        return inf if steps is None or not dense else self._course.windows(steps) - self._course.windows(dense)
+
+    def _spare_dense(self) -> Actions:
+        """Where storage is slower than it was believed: keep every other state of the end, then every fourth, …"""
+        course, shelf = self._course, self._course.stock.snapshots
+        while shelf.available() < DENSE_RESERVE:
+            alone = [k for k in course.restarts if k >= self._dense_from() and self._is_in_memory_only(k)]
+            self._dense_gap *= 2
+            if len(alone) < 2:
+                return
+            for restart in alone[-2::-2]:
+                yield from self._drop(course.snapshot(restart))
 
     def _wants_elastic(self, since: int) -> bool:
         """Queue more than the writer can take now, into slots that would otherwise lie idle."""
@@ -309,8 +340,9 @@ class ForwardSweep:
         elif self._course.rules.keep_spacing:
             following = max(following, self._last_store + floor(self._course.spacing()))
         following = max(following, self._last_store + self._thinning.least_gap)
-        if self._course.layout.record_fraction:
+        if self._course.layout.record_fraction or window >= self._dense_from():
             following = window + 1
+        following = int(min(following, max(window + 1, self._dense_from())))
         return int(min(max(following, window + 1), self._greedy_end()))
 
     def _can_record(self, window: int) -> Generator[Action, None, bool]:

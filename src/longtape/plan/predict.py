@@ -26,6 +26,12 @@ from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 HORIZON = 10_000
 """Steps for which a job of unknown length is predicted."""
 
+DENSE_SPARE = 4
+"""Slots that a dense tail leaves alone: for two states that are being written, and for noise."""
+
+DENSE_FROM_SECONDS = 1e-5
+"""A window that takes less is over before storage has been looked at."""
+
 _TINIEST_STEP = 1e-12
 _ROUNDING = 1e-9
 
@@ -290,6 +296,18 @@ def best_tail(job: Pace, slots: int, interior: Spaced) -> int:
     return capacity(slots - 1, repeats)
 
 
+def dense_tail(job: Pace, slots: int, interior: Spaced) -> int:
+    """L = min(n, ⌊(s-4)·I/(I-1)⌋) last windows, every state of which is kept; 0 where that is not to be.
+
+    Storage takes one in I of them, and memory holds the others.  Where states are I ≤ 1 apart
+    all of them are stored anyway; steps that take next to no time leave none to look at storage.
+    """
+    if interior.spacing <= 1.0 + _ROUNDING or interior.forward_stall > 0.0 or job.advance < DENSE_FROM_SECONDS:
+        return 0
+    length = floor((slots - DENSE_SPARE) * interior.spacing / (interior.spacing - 1.0) + _ROUNDING)
+    return max(0, min(job.windows, length))
+
+
 def _filling(job: Pace, slots: int, spacing: float, tail: int) -> tuple[float, int]:
     """Seconds that the forward sweep waits at a fixed spacing, and the slots that are then left to the tail.
 
@@ -347,12 +365,15 @@ def predict_asynchronous(
     *,
     fixed: int | None = None,
     tail: int | None = None,
+    dense: int = 0,
     final_state: bool = True,
 ) -> Prediction:
     """Snapshots to storage as often as it takes them, Revolve in between.
 
     T = (n-M)·(1+p)·t_F + t(M, s-1)·t_F + n·t_B, with p as in `best_tail`, and with
     `final_state` ρ(M+1, s-1) windows more.  On storage lie at most ⌈(n-M)/I⌉ states.
+    With a dense tail of L windows instead, T = (n-L)·(1+p)·t_F + (L-1)·t_F + n·t_B, one window more
+    with `final_state`, and ⌈n/I⌉ states.
 
     Args:
         problem: The job.
@@ -360,11 +381,14 @@ def predict_asynchronous(
         footprint: Window and slots.
         fixed: Spacing in windows kept even where storage makes it wait; None: as storage allows.
         tail: M in windows, at least 1; None: the best where N is known, else 1.
+        dense: L in windows; takes the place of M where it is not 0.
         final_state: The forward sweep has to reach state N before the adjoint begins.
     """
     job = pace(problem, costs, footprint)
     slots = working_slots(problem, footprint)
     interior = spaced(job, slots, fixed=fixed)
+    if dense:
+        return _predict_dense(problem, costs, footprint, interior, dense, final_state=final_state)
     if tail is None:
         tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     greedy = job.windows - tail
@@ -391,6 +415,27 @@ def predict_asynchronous(
     )
 
 
+def _predict_dense(
+    problem: Problem, costs: Costs, footprint: Footprint, interior: Spaced, dense: int, *, final_state: bool
+) -> Prediction:
+    job = pace(problem, costs, footprint)
+    greedy = job.windows - dense
+    advanced = greedy * (1.0 + interior.advances) + dense - (not final_state)
+    writes = _writes(job.windows, interior.spacing)
+    read_again = floor(dense / interior.spacing)
+    stalled = greedy * interior.reverse_stall + max(0.0, read_again * job.read - dense * job.adjoint)
+    return tally(
+        problem,
+        costs,
+        footprint,
+        seconds=advanced * job.advance + job.windows * job.adjoint + stalled,
+        advanced=advanced * job.steps,
+        stalled=stalled,
+        snapshots_written=writes,
+        snapshots_read=max(0, writes - 1),
+    )
+
+
 def tally(
     problem: Problem,
     costs: Costs,
@@ -404,8 +449,10 @@ def tally(
     blocks_written: int = 0,
     blocks_read: int = 0,
 ) -> Prediction:
-    """A prediction from seconds, steps advanced and items moved."""
+    """A prediction from seconds, steps advanced and items moved; each transfer adds what it costs compute."""
     state, block = problem.state_nbytes, footprint.window * (problem.residual_nbytes or 0)
+    seconds += (snapshots_written + snapshots_read) * (costs.handling_seconds(state) + costs.save)
+    seconds += (blocks_written + blocks_read) * costs.handling_seconds(block)
     written = snapshots_written * state + blocks_written * block
     return Prediction(
         time_seconds=seconds,
