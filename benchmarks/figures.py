@@ -117,6 +117,7 @@ def observed() -> str:
         costs = [
             f"{medians[f'unknown, {where}'] / medians[f'known, {where}'] - 1:+.1%} with {where}"
             for where in ("disk", "memory alone")
+            if f"unknown, {where}" in medians
         ]
         lines += [f"An LSTM of unknown length, {unknown['settings']['steps']:,} steps: {', '.join(costs)}.", ""]
     if (observing := _found("observing")) is not None:

@@ -763,10 +763,10 @@ class Run:
         patience = max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds)
         if not steps or steps * REPLAY_SECONDS > patience:
             return None
-        until = self._clock() + patience
+        until = time.thread_time() + patience
 
         def watch(action: Action) -> None:
-            if self._clock() > until:
+            if time.thread_time() > until:
                 raise _TakesTooLong
 
         try:

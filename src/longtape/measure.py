@@ -23,9 +23,8 @@ from longtape.tiers.pool import SlotPool
 
 _PROBE = Key(Kind.SNAPSHOT, -1)
 _REPEATS = 3
-_MOST_REPEATS = 15
-_SHORT_SECONDS, _LONG_SECONDS = 0.01, 0.2
-"""Transfers are repeated until they have taken so long together; once they have taken longer, no more."""
+_LONG_SECONDS = 0.2
+"""Once transfers have taken so long together, they are not repeated."""
 _BEARABLE_SECONDS = 0.05
 """The larger of two sizes is to take no longer than this."""
 
@@ -139,8 +138,7 @@ def measure_tier(
 ) -> TierSpeed:
     """Write and read back items of the given sizes, under the job's own load where `busy` provides it.
 
-    Small items are moved more often, and slow ones less; a larger size that would take long is replaced by
-    one that does not.
+    Slow items are moved less often, and a larger size that would take long is replaced by one that does not.
 
     Args:
         tier: Where to.
@@ -230,9 +228,7 @@ class _Trial:
         return median(seconds), median(handling)
 
     def _wanted(self, spent: float, done: int) -> int:
-        """Repetitions in all, going by those done: more of short ones, fewer of long ones."""
-        if spent < _SHORT_SECONDS:
-            return max(self.repeats, min(done + 1, _MOST_REPEATS))
+        """Repetitions in all, going by those done: no more of those that take long."""
         return self.repeats if spent < _LONG_SECONDS else min(self.repeats, max(1, done))
 
 

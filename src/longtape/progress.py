@@ -52,11 +52,10 @@ class Progress:
 
     def on_action(self, action: Action, began: float, ended: float) -> None:
         """Count an action and, ten times a second at most, redraw the line."""
-        kind = type(action)
-        if kind not in _COUNTED:
-            return
         if self._first is None:
             self._first = began
+        if type(action) not in _COUNTED:
+            return
         match action:
             case Advance() | Record() if self.turned:
                 self.replayed += action.stop - action.start

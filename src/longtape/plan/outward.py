@@ -22,6 +22,7 @@ from longtape.actions import (
     Store,
     Write,
 )
+from longtape.plan.binomial import repetitions
 from longtape.plan.course import Actions, Course
 from longtape.plan.online import MOST_WEIGHED, cheapest_drop, next_look
 from longtape.plan.stock import Status
@@ -274,10 +275,24 @@ class ForwardSweep:
             return since >= self._course.windows(self._course.layout.fixed_spacing)
         if self._course.rules.keep_spacing and since < max(1, floor(self._course.spacing())):
             return False
+        if self._is_too_late(window):
+            return False
         if self._writer_is_free():
             self._gap_factor = 1
             return True
         return self._course.rules.elastic and self._wants_elastic(since)
+
+    def _is_too_late(self, window: int) -> bool:
+        """Whether the interval up to the tail is so short that the read behind it would stall for longer than it saves.
+
+        An interval of l windows hides l·(t_F + t_B) of the read of the one below; without it that one has l windows
+        more, each advanced ρ times.
+        """
+        course, rest = self._course, self._greedy_end() - window
+        if rest == inf or not self._tail or not window:
+            return False
+        again = repetitions(max(1, ceil(course.spacing())) + 1, max(1, course.stock.snapshots.capacity - 1))
+        return rest * ((1 + again) * course.forward_seconds + course.reverse_seconds) < course.read_seconds
 
     def _writer_is_free(self) -> bool:
         """No write is under way, or the only one will have ended before one more window has."""
