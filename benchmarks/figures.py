@@ -168,7 +168,7 @@ RESIDUALS = {
     "residuals_lstm": "LSTM, 256 units, batch 64, residuals on disk",
     "residuals_wide": "LSTM, 1,024 units, batch 64, residuals on disk",
     "residuals_stencil": "256³ stencil, a step of 8 kernels, memory for 16 states",
-    "residuals_throttled": "LSTM, 256 units, 4,000 steps, 16 MiB, storage slowed to a share of what residuals need",
+    "residuals_throttled": "LSTM, 256 units, 2,000 steps, 16 MiB, storage slowed to a share of what residuals need",
     "residuals_compression": "the same, with a codec",
 }
 """Parts of `benchmarks.residuals`, as far as they were measured."""

@@ -188,7 +188,7 @@ def cases_of(part: str, disk: str, quick: bool, needed: float) -> dict[str, tupl
         return {f"N={n}": (stencil, (n, 16, disk, COSTLY)) for n in ((20,) if quick else (100, 400))}
     if part == "growth":
         return growth_cases(GROWTH_QUICK if quick else GROWTH, disk)
-    n, memory = (400 if quick else 4_000), (8 if quick else 16) * MIB
+    n, memory = (400 if quick else 2_000), (8 if quick else 16) * MIB
     if part == "compression":
         return {
             f"1/{share}, {codec or 'no codec'}": (lstm, (n, memory, disk, None, 256, needed / share, codec))
