@@ -55,7 +55,7 @@ CODEC_ITEMS = 3
 LEAST_CODEC_GAIN = 0.01
 """Share of the time that a codec must be predicted to save before it is used."""
 
-MOST_REHEARSED = 200
+MOST_REHEARSED = 100
 """Windows of a plan that are run in the event model to see what it holds."""
 
 _PATIENCE_SECONDS = 1.0
@@ -444,16 +444,12 @@ class Run:
         """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
         if choice.schedule != "residuals":
             return choice
-        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        if choice.record_fraction == 1.0:
-            held = min(choice.blocks, 2 * STAGED) * block + choice.slots * state
-        else:
-            held = self._held_in_mixed(choice, state, block)
-        expected = min(choice.prediction.peak_memory_bytes, held)
+        expected = min(choice.prediction.peak_memory_bytes, self._rehearsed(choice))
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
 
-    def _held_in_mixed(self, choice: Choice, state: int, block: int) -> int:
-        """What a plan with plain and recorded windows holds, by its first windows in the event model."""
+    def _rehearsed(self, choice: Choice) -> int:
+        """Bytes that a plan with recorded windows holds, by its first windows in the event model."""
+        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
         costs, sizes = self.costs, {Kind.SNAPSHOT: state, Kind.RESIDUALS: block}
         speeds = Speeds(
             costs.forward,

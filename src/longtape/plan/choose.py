@@ -66,6 +66,8 @@ _LEAST_GAIN_BY_WAITING = 0.01
 _LEAST_GAIN_BY_REWRITING = 0.05
 _LEAST_GAIN_BY_DENSITY = 0.002
 _SAME_TIME = 1.0 + 1e-9
+_ALMOST_SAME_TIME = 1.02
+"""A plan with room for noise may be predicted to take so much longer: without it, noise costs many times that."""
 _ROUNDING_SECONDS = 1e-9
 _MOST_REPEATS = 8
 _FEW_STORES = 8
@@ -179,13 +181,13 @@ def _seconds(choice: Choice) -> float:
 
 
 def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
-    """The shortest of a schedule; among the equally short, the first found that is `_kindest`."""
+    """The shortest of a schedule; among those about equally short, the first found that is `_kindest`."""
     of_schedule = [choice for choice in choices if choice.schedule == schedule]
     if free := [choice for choice in of_schedule if choice.stall_spacing is None]:
         # Storage that turns out slower than believed delays a plan that waits for it, and no other.
         limit = min(map(_seconds, free)) * (1.0 - _LEAST_GAIN_BY_WAITING)
         of_schedule = [choice for choice in of_schedule if choice.stall_spacing is None or _seconds(choice) < limit]
-    limit = min(map(_seconds, of_schedule)) * _SAME_TIME
+    limit = min(map(_seconds, of_schedule)) * (_ALMOST_SAME_TIME if schedule == "residuals" else _SAME_TIME)
     return min((choice for choice in of_schedule if _seconds(choice) <= limit), key=_kindest)
 
 
@@ -195,10 +197,9 @@ def _kindest(choice: Choice) -> int:
         return choice.prediction.peak_memory_bytes
     if choice.schedule != "residuals":
         return int(choice.slots < 2)
-    if choice.record_fraction == 1.0:
-        return 2 * (choice.blocks < 3) + (choice.slots < 2)
-    # Snapshots wait behind the blocks that are to be written before them.
-    lacks = 2 * (choice.blocks < 3) + (choice.slots < choice.blocks + 2)
+    # Snapshots wait behind the blocks that are to be written before them.  So they do in a plan that records every
+    # window, where storage turns out slower than believed and windows have to be run again after all.
+    lacks = 4 * (choice.blocks < 3) + 2 * (choice.slots < 2) + (choice.slots < choice.blocks + 2)
     return 2 * ENOUGH_BLOCKS * lacks - min(choice.blocks, ENOUGH_BLOCKS)
 
 
