@@ -1,0 +1,194 @@
+"""A scan whose items are all kept on the device itself.
+
+Owns the slots in device memory: one reservation for all of one kind.  Every copy is one more
+thing for the device to do in the order of its computations, so nothing has to be waited for.
+The state of random generators stays on the host, where they have it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from longtape.actions import Key
+from longtape.engine.meter import EventMeter, Timeline
+from longtape.errors import StateError
+from longtape.plan.choose import Choice
+from longtape.plan.costs import Costs
+from longtape.plan.costs import Device as Limits
+from longtape.protocols import Bytes, Device, Slot
+from longtape.report import DeviceReport
+from longtape.torch.blocks import Block
+from longtape.torch.places import AsBlock, Form, keep_random
+from longtape.torch.structure import Leaves
+
+ALIGNMENT = 64
+
+
+def tensor_of(memory: Any) -> torch.Tensor:
+    """Memory of a device as a tensor of bytes."""
+    return memory if isinstance(memory, torch.Tensor) else torch.from_numpy(memory)
+
+
+class DevicePool:
+    """Equal slots in one reservation of device memory; implements `longtape.protocols.Pool`.
+
+    Args:
+        device: Whose memory.
+        count: How many slots.
+        nbytes: Of each, on the device.
+        host_nbytes: Of each, beside it on the host.
+    """
+
+    def __init__(self, device: Device, count: int, nbytes: int, host_nbytes: int) -> None:
+        stride = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self.nbytes = count * stride
+        memory = tensor_of(device.reserve(self.nbytes))
+        self._free = [
+            Slot(np.zeros(host_nbytes, np.uint8), memory=memory[k * stride : k * stride + nbytes])
+            for k in reversed(range(count))
+        ]
+        self._out: set[Slot] = set()
+        self.high_water = 0
+
+    def take(self) -> Slot:
+        """A free slot; the caller owns it until it gives it back."""
+        if not self._free:
+            raise StateError(f"all {len(self._out)} slots on the device are out; give one back first")
+        slot = self._free.pop()
+        self._out.add(slot)
+        self.high_water = max(self.high_water, len(self._out))
+        return slot
+
+    def give(self, slot: Slot) -> None:
+        """Take a slot back."""
+        self._out.remove(slot)
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """Release the memory; idempotent."""
+        for slot in (*self._free, *self._out):
+            slot.memory = slot.views = None
+        self._free, self._out = [], set()
+
+
+class OnDevice:
+    """Implements `longtape.torch.places.Place` and `longtape.accelerator.Accelerator`.
+
+    Args:
+        device: Where the steps run.
+    """
+
+    limits: Limits | None = None
+    """None: what is kept in the run's memory is on the device."""
+
+    inner_slots = 0
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._form: Form
+        self._pools: list[DevicePool] = []
+        self._in_use_before = device.begin_peak()
+        self._peak = 0
+        self.timeline = Timeline(device, time.perf_counter)
+        self.meter = EventMeter(device, self.timeline)
+
+    # Place -------------------------------------------------------------------------------------
+
+    def lay_out(self, form: Form) -> None:
+        self._form = form
+
+    def _views(self, slot: Slot) -> Leaves:
+        if slot.views is None:
+            slot.views = self._form.leaves(slot.memory)
+        return slot.views  # type: ignore[no-any-return]
+
+    def save(self, slot: Slot, carry: Leaves, random: torch.Tensor | None) -> None:
+        with torch.no_grad():
+            for view, leaf in zip(self._views(slot), carry, strict=True):
+                view.copy_(leaf)
+        keep_random(self._form, slot, random)
+
+    def load(self, slot: Slot) -> tuple[Leaves, torch.Tensor | None]:
+        return [view.clone() for view in self._views(slot)], self._form.random(slot.data)
+
+    def filling(self, slot: Slot, as_block: AsBlock) -> Block:
+        if slot.views is None:
+            slot.views = as_block(slot.memory)
+        return slot.views  # type: ignore[no-any-return]
+
+    def filled(self, slot: Slot, nbytes: int) -> None:
+        pass
+
+    def reading(self, slot: Slot, as_block: AsBlock) -> Block:
+        return self.filling(slot, as_block)
+
+    def read(self, slot: Slot) -> None:
+        pass
+
+    def keep(self, number: int, carry: Leaves) -> None:
+        raise NotImplementedError
+
+    def kept(self, number: int) -> Leaves:
+        raise NotImplementedError
+
+    def room(self, nbytes: int) -> torch.Tensor:
+        like = self._form.like
+        return torch.zeros(nbytes, dtype=torch.uint8, device=like[0].device if like else None)
+
+    def window_room(self, nbytes: int) -> torch.Tensor:
+        return self.room(nbytes)
+
+    def now(self) -> float:
+        self._device.compute.synchronize()
+        return time.perf_counter()
+
+    # Accelerator -------------------------------------------------------------------------------
+
+    def pool(self, count: int, nbytes: int, alignment: int, *, is_state: bool) -> DevicePool:
+        """Slots on the device."""
+        host = self._form.random_nbytes if is_state else 0
+        self._pools.append(DevicePool(self._device, count, self._form.leaves_nbytes if is_state else nbytes, host))
+        return self._pools[-1]
+
+    def settle(self, choice: Choice, item_nbytes: int) -> None:
+        """The plan is chosen."""
+
+    def with_link(self, costs: Costs, nbytes: int) -> Costs:
+        """Nothing goes over the link."""
+        return costs
+
+    def watch(self, on_link: Any) -> None:
+        """There are no copies to tell of."""
+
+    def begin_sweep(self) -> None:
+        """Compare clocks."""
+        self.timeline.take_bearings()
+
+    def end_sweep(self) -> None:
+        """Wait until all is done."""
+        self.meter.drain()
+
+    def poll(self) -> None:
+        """Nothing is under way."""
+
+    def expect(self, key: Key, slot: Slot) -> None:
+        """It is here."""
+
+    def forget(self, slot: Slot) -> None:
+        """Nothing was fetched."""
+
+    def usage(self) -> DeviceReport:
+        """What the run took of the device."""
+        return DeviceReport(
+            name=self._device.name,
+            pool_bytes=sum(pool.nbytes for pool in self._pools),
+            peak_bytes=max(0, self._peak - self._in_use_before),
+        )
+
+    def close(self) -> None:
+        """The pools are closed by the run; note how much memory was used until now."""
+        self._peak = max(self._peak, self._device.peak_nbytes())
