@@ -99,6 +99,17 @@ class Choice:
     """The best of each other schedule that fits, quickest first."""
     longest_piece: int | None = None
     """Where storage holds few states: the steps beyond which the reverse sweep stores again, see `pieces`."""
+    device_slots: int = 0
+    """Snapshots on the device by which a window is reversed there, that of its first state included.
+
+    0: all steps of a window are taped or recorded there in one go, or there is no device.
+    """
+    on_device: bool = False
+    """Everything is kept in the device's own memory.
+
+    `slots` and `blocks` are then there, nothing goes over the link, and the host's memory and storage are not used:
+    the plan is one for a job without a device whose memory is `Device.memory_nbytes`.
+    """
 
     @property
     def uses_disk(self) -> bool:

@@ -74,6 +74,14 @@ class Prediction:
     bytes_read: int
     stall_seconds: float
     """Compute waiting for storage; part of `time_seconds`."""
+    peak_device_bytes: int = 0
+    """Most of the device's budget in use; 0 without one."""
+    bytes_out: int = 0
+    """Over the link, from the device."""
+    bytes_in: int = 0
+    """Over the link, to the device."""
+    link_stall_seconds: float = 0.0
+    """Compute waiting for the link; part of `time_seconds`, beside `stall_seconds`."""
 
     @property
     def overhead(self) -> float:
