@@ -18,6 +18,7 @@ from functools import partial
 from math import ceil, inf
 from typing import Any
 
+from longtape.accelerator import Accelerator
 from longtape.actions import Action, Key, Kind
 from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
@@ -36,7 +37,7 @@ from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
 from longtape.protocols import Bytes, Job, Observer, Tier
-from longtape.report import Quantities, Replan, Report, Stall, Transfers
+from longtape.report import DeviceReport, Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.aligned import HUGE_PAGE, provide
 from longtape.tiers.codecs import parse_codec
@@ -90,6 +91,8 @@ class Traits:
     notes: tuple[str, ...] = ()
     floats: FloatsOf | None = None
     """Where items hold floating-point numbers that a lossy codec may round; None: nowhere."""
+    accelerator: Accelerator | None = None
+    """The device that steps run on, where the front end keeps items in memory of its making."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +166,10 @@ class Run:
         self._compressed: CompressedTier | None = None
         self._codec_nbytes = 0
         self._codec_notes: tuple[str, ...] = ()
+        self._accelerator = traits.accelerator
+        self._limits = None if traits.accelerator is None else traits.accelerator.limits
+        self._memory_name = "memory" if self._limits is None else "host_memory"
+        self._pools: dict[Kind, Any] = {}
         self.choice: Choice
         self.costs: Costs
         self._tier: Tier | None = None
@@ -178,7 +185,7 @@ class Run:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
         if memory < traits.state_nbytes:
             raise BudgetError(
-                f"memory={format_bytes(memory)} cannot hold one state of this model, which takes "
+                f"{self._memory_name}={format_bytes(memory)} cannot hold one state of this model, which takes "
                 f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
             )
         self.memory_nbytes = memory
@@ -197,6 +204,7 @@ class Run:
             self._assemble()
         except BaseException:
             self._stop_providing()
+            self._release_memory()
             self._release_storage(self._settings.stuck_seconds)
             if self._keeper is not None and self._keeper.begin is None:
                 self._keeper.finish()  # nothing has begun that could be gone on with
@@ -226,12 +234,19 @@ class Run:
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
         costs = stated or self._measure(job)
+        if stated is None and self._accelerator is not None:
+            costs = self._accelerator.with_link(costs, self._item_nbytes(self._traits.state_nbytes))
         self.costs = costs
         if self._transcript is not None:
             self.choice = settle(self._transcript, self._problem(), costs)
             return
-        self.choice = self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes - self._spared()))
-        if self._codec is None or self._tier is None:
+        choice = choose(self._problem(), costs)
+        if choice.on_device:
+            assert self._limits is not None
+            self.memory_nbytes = self._limits.memory_nbytes
+            self._memory_name = "memory"
+        self.choice = self._expected(self._fitted(choice, self.memory_nbytes - self._spared()))
+        if self._codec is None or self._tier is None or choice.on_device:
             return
         speed = CodecSpeed(1.0, inf, inf, 1.0)  # stated costs are those of items, codec included
         if stated is None and job.sample is not None:
@@ -289,6 +304,8 @@ class Run:
         limit = None if problem.disk_nbytes is None else int(problem.disk_nbytes / fraction)
         try:
             choice = choose(replace(problem, memory_nbytes=memory, disk_nbytes=limit), costs)
+            if choice.on_device:
+                return None
             return self._expected(self._fitted(choice, memory))
         except BudgetError:
             return None
@@ -371,6 +388,7 @@ class Run:
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
             pins_initial=not traits.initial_is_free,
+            device=self._limits,
         )
 
     def _room_on_disk(self) -> int | None:
@@ -401,7 +419,7 @@ class Run:
         finally:
             if job.restore is not None:
                 job.restore()
-        self._touch = speed.touch_bytes_per_second
+        self._touch = speed.touch_bytes_per_second if self._accelerator is None else inf
         return Costs(
             job.forward,
             job.reverse,
@@ -429,7 +447,8 @@ class Run:
         window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
         if window < 1:
             raise BudgetError(
-                f"memory={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one step, "
+                f"{self._memory_name}={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one "
+                f"step, "
                 f"{format_bytes(state + block)} together; give at least that, or use capture=False"
             )
         return replace(choice, slots=slots, blocks=1, window=window)
@@ -480,19 +499,12 @@ class Run:
             stock.block_write.add(costs.write_seconds(block))
             stock.block_read.add(costs.read_seconds(block))
         self._stock = stock
-        self._pools = {
-            Kind.SNAPSHOT: SlotPool(
-                choice.slots + self._traits.working_slots + (self._keeper is not None), state, alignment=alignment
-            ),
-            Kind.RESIDUALS: SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT),
-        }
-        self._touch_slots()
+        self._make_pools(state, block, alignment)
         if self._traits.working_slots:
             self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
         self._budget = Budget(self.memory_nbytes)
         self._budget.reserve(self._codec_nbytes)
-        if not choice.blocks:
-            self._budget.reserve((choice.window - 1) * self._traits.tape_nbytes)
+        self._budget.reserve(self._tape_nbytes())
         self._trace = Trace(self._clock(), self._held, self._spacing if self._paces_itself() else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
@@ -508,7 +520,37 @@ class Run:
         )
         layout = self._layout()
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
-        self._executor = Executor(self._plan(stock, layout), job, self._mover, clock=self._clock, observers=observers)
+        accelerator = self._accelerator
+        if accelerator is not None:
+            accelerator.watch(self._trace.on_link)
+        self._executor = Executor(
+            self._plan(stock, layout),
+            job,
+            self._mover,
+            clock=self._clock,
+            observers=observers,
+            meter=None if accelerator is None else accelerator.meter,
+            ahead=None if self._limits is None else accelerator,
+        )
+
+    def _make_pools(self, state: int, block: int, alignment: int) -> None:
+        choice, accelerator = self.choice, self._accelerator
+        states = choice.slots + self._traits.working_slots + (self._keeper is not None)
+        if accelerator is not None:  # which provides what it makes
+            accelerator.settle(choice, max(state, block) if choice.blocks else state)
+            self._pools[Kind.SNAPSHOT] = accelerator.pool(states, state, alignment, is_state=True)
+            self._pools[Kind.RESIDUALS] = accelerator.pool(choice.blocks, max(1, block), ALIGNMENT, is_state=False)
+            return
+        self._pools[Kind.SNAPSHOT] = SlotPool(states, state, alignment=alignment)
+        self._pools[Kind.RESIDUALS] = SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT)
+        self._touch_slots()
+
+    def _tape_nbytes(self) -> int:
+        """What a window's tape takes of the memory that items are kept in."""
+        choice, limits = self.choice, self._limits
+        if choice.blocks or (limits is not None and not choice.on_device):
+            return 0
+        return (choice.window - 1) * (self._traits.tape_nbytes if limits is None else limits.tape_nbytes)
 
     def _plan(self, stock: Stock, layout: Layout) -> Iterator[Action]:
         if self._transcript is not None:
@@ -567,7 +609,7 @@ class Run:
     def forward(self) -> None:
         """Run the forward sweep; the job's working state is then the final one."""
         self._enter("new", "forward() can run once; make a new sweep to run again")
-        began = self._clock()
+        began = self._begin_sweep()
         self._trace.skip(began - self._trace.zero)
         self._execute(until_turn=True)
         self._turned_at = self._clock()
@@ -580,7 +622,7 @@ class Run:
         self._enter("turned", "reverse() runs once, after forward()")
         if self._keeper is not None:
             self._keeper.begin_reverse()
-        began = self._clock()
+        began = self._begin_sweep()
         self._trace.skip(began - self._turned_at)
         self._execute(until_turn=False)
         self.reverse_seconds = self._clock() - began
@@ -599,9 +641,17 @@ class Run:
             raise StateError(f"{otherwise} (the sweep is {self._state})")
         self._state = "failed"
 
+    def _begin_sweep(self) -> float:
+        """The time at which a sweep begins, on the device too."""
+        if self._accelerator is not None:
+            self._accelerator.begin_sweep()
+        return self._clock()
+
     def _execute(self, *, until_turn: bool) -> None:
         try:
             self._executor.run(until_turn=until_turn)
+            if self._accelerator is not None:
+                self._accelerator.end_sweep()
         except BaseException:
             self.close()
             raise
@@ -621,6 +671,11 @@ class Run:
             self._keeper.stop()
         self._stop_providing()
         self._mover.close()
+        self._release_memory()
+
+    def _release_memory(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.close()
         for pool in self._pools.values():
             pool.close()
 
@@ -720,7 +775,19 @@ class Run:
             replans=tuple(Replan(*change) for change in trace.replans),
             replan_count=trace.replan_count,
             states_verified=getattr(self._job, "states_verified", None),
+            device=self._device_report(),
         )
+
+    def _device_report(self) -> DeviceReport | None:
+        if self._accelerator is None:
+            return None
+        found, prediction = self._accelerator.usage(), self.choice.prediction
+        links = tuple(replace(link, overlap_fraction=self._trace.link_overlap(link.direction)) for link in found.links)
+        if self._limits is None or self.choice.on_device:
+            budget, predicted = self.memory_nbytes, prediction.peak_memory_bytes
+        else:
+            budget, predicted = self._limits.memory_nbytes, prediction.peak_device_bytes
+        return replace(found, budget_bytes=budget, predicted_peak_bytes=predicted, links=links)
 
     def _slots_for_revolve(self, steps: int) -> int:
         return max(1, min(steps + 1, self.memory_nbytes // self._item_nbytes(self._traits.state_nbytes)))
@@ -733,8 +800,8 @@ class Run:
         trace, steps = self._trace, self._stock.steps or 0
         if self._keeper is not None and self._keeper.resumed_from is not None:
             return None
-        if self._transcript is not None:
-            return None  # the event model runs Longtape's own plan
+        if self._transcript is not None or self._limits is not None:
+            return None  # the event model runs Longtape's own plan, and knows of no link
         if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
             return None
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from math import inf
 from statistics import median
 
-import numpy as np
 import torch
 
 from longtape.accelerator import OnLink
@@ -37,7 +37,15 @@ from longtape.report import DeviceReport, Link
 from longtape.sizes import format_bytes
 from longtape.tiers.pinned import PinnedPool
 from longtape.torch.blocks import Block
-from longtape.torch.on_device import ALIGNMENT, tensor_of
+from longtape.torch.on_device import (
+    ALIGNMENT,
+    DevicePool,
+    block_there,
+    load_from_there,
+    pool_there,
+    save_there,
+    tensor_of,
+)
 from longtape.torch.places import AsBlock, Form, keep_random
 from longtape.torch.ring import Buffer, Ring
 from longtape.torch.structure import Leaves
@@ -70,6 +78,9 @@ class Linked:
         self._pools: list[PinnedPool] = []
         self._in_use_before = device.begin_peak()
         self._peak = 0
+        self._reserved_nbytes = 0
+        self._is_near = False
+        """The plan keeps everything on the device."""
         self._closed = False
         self._links = {"out": _Link(), "in": _Link(), "idle": _Link()}
         self._on_link: OnLink | None = None
@@ -88,8 +99,6 @@ class Linked:
 
     def with_link(self, costs: Costs, nbytes: int) -> Costs:
         """Time copies of an item of this size, both ways, a few times; the medians count."""
-        from dataclasses import replace
-
         nbytes = max(1, min(nbytes, _MOST_PROBED, max(1, self._memory_nbytes)))
         pool = PinnedPool(1, nbytes, pin=self._device.pin, unpin=self._device.unpin)
         try:
@@ -113,8 +122,12 @@ class Linked:
             seconds.append(self._device.seconds(began, ended))
         return median(seconds[1:])
 
-    def pool(self, count: int, nbytes: int, alignment: int, *, is_state: bool) -> PinnedPool:
-        """Slots in pinned memory."""
+    def pool(self, count: int, nbytes: int, alignment: int, *, is_state: bool) -> PinnedPool | DevicePool:
+        """Slots in pinned memory; or on the device, where the plan keeps everything there."""
+        if self._is_near:
+            near = pool_there(self._device, self._form, count, None if is_state else nbytes)
+            self._reserved_nbytes += near.nbytes
+            return near
         pool = PinnedPool(count, nbytes, alignment=alignment, pin=self._device.pin, unpin=self._device.unpin)
         self._pools.append(pool)
         return pool
@@ -122,6 +135,9 @@ class Linked:
     def settle(self, choice: Choice, item_nbytes: int) -> None:
         """Reserve the buffers, the snapshots within a window and the tape of one, in one piece."""
         assert self.limits is not None
+        self._is_near = choice.on_device
+        if self._is_near:
+            return
         state, item = _aligned(self._form.leaves_nbytes), _aligned(item_nbytes)
         tapes = (choice.window - 1) * self.limits.tape_nbytes if not choice.device_slots else 0
         inner = choice.device_slots * self._form.leaves_nbytes
@@ -136,6 +152,7 @@ class Linked:
             )
         nbytes = buffers * item + choice.device_slots * state
         self._arena = arena = tensor_of(self._device.reserve(nbytes))
+        self._reserved_nbytes = arena.nbytes
         self._ring = Ring([arena[k * item : k * item + item_nbytes] for k in range(buffers)])
         places = range(buffers * item, nbytes, max(1, state))
         self._inner = [self._form.leaves(arena[at : at + state]) for at in places[: choice.device_slots]]
@@ -148,6 +165,9 @@ class Linked:
     # Snapshots ---------------------------------------------------------------------------------
 
     def save(self, slot: Slot, carry: Leaves, random: torch.Tensor | None) -> None:
+        if slot.memory is not None:
+            save_there(self._form, slot, carry, random)
+            return
         if random is not None and slot.guard is not None:
             slot.guard.wait()  # the host is about to write to the slot
         buffer = self._ring.take()
@@ -159,6 +179,8 @@ class Linked:
         keep_random(self._form, slot, random)
 
     def load(self, slot: Slot) -> tuple[Leaves, torch.Tensor | None]:
+        if slot.memory is not None:
+            return load_from_there(self._form, slot)
         buffer = self._fetched(slot, self._form.leaves_nbytes)
         carry = [view.clone() for view in self._leaves(buffer)]
         buffer.busy.append(self._device.compute.record())
@@ -172,17 +194,25 @@ class Linked:
     # Residuals ---------------------------------------------------------------------------------
 
     def filling(self, slot: Slot, as_block: AsBlock) -> Block:
+        if slot.memory is not None:
+            return block_there(slot, as_block)
         self._filled = self._ring.take()
         self._hold_compute(self._filled.still_busy())
         return self._block(self._filled, as_block)
 
     def filled(self, slot: Slot, nbytes: int) -> None:
+        if slot.memory is not None:
+            return
         self._copy_out(self._filled, slot, nbytes)
 
     def reading(self, slot: Slot, as_block: AsBlock) -> Block:
+        if slot.memory is not None:
+            return block_there(slot, as_block)
         return self._block(self._fetched(slot, slot.data.nbytes), as_block)
 
     def read(self, slot: Slot) -> None:
+        if slot.memory is not None:
+            return
         buffer = self._ring.find(slot)
         assert buffer is not None
         buffer.busy.append(self._device.compute.record())
@@ -204,7 +234,7 @@ class Linked:
 
     def room(self, nbytes: int) -> torch.Tensor:
         like = self._form.like
-        return torch.zeros(nbytes, dtype=torch.uint8, device=like[0].device if like else None)
+        return torch.empty(nbytes, dtype=torch.uint8, device=like[0].device if like else None)
 
     def window_room(self, nbytes: int) -> torch.Tensor:
         if self._window is None or self._window.nbytes < nbytes:
@@ -266,6 +296,8 @@ class Linked:
         self._note("idle", 0, began, compute.record())
 
     def expect(self, key: Key, slot: Slot) -> None:
+        if slot.memory is not None:
+            return
         buffer = self._ring.find(slot)
         if buffer is None:
             if not self._ring.spare():
@@ -310,7 +342,7 @@ class Linked:
         return DeviceReport(
             name=self._device.name,
             budget_bytes=self._memory_nbytes,
-            pool_bytes=0 if self._arena is None else self._arena.nbytes,
+            pool_bytes=self._reserved_nbytes,
             peak_bytes=max(0, self._peak - self._in_use_before),
             pinned_bytes=sum(pool.pinned_nbytes for pool in self._pools),
             idle_seconds=self._links["idle"].seconds,
@@ -326,8 +358,7 @@ class Linked:
             with contextlib.suppress(DeviceError):  # one that has failed copies nothing any more
                 stream.synchronize()
         self._peak = max(self._peak, self._device.peak_nbytes())
-        self._ring, self._inner, self._window, self._held = Ring([]), [], None, self._arena
-        self._arena = None
+        self._ring, self._inner, self._window, self._arena = Ring([]), [], None, None
 
 
 class _Link:
@@ -347,6 +378,3 @@ def _tensor(slot: Slot) -> torch.Tensor:
 
 def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-__all__ = ["LEAST_BUFFERS", "Linked", "np"]

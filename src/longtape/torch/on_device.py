@@ -75,6 +75,39 @@ class DevicePool:
         self._free, self._out = [], set()
 
 
+def pool_there(device: Device, form: Form, count: int, nbytes: int | None) -> DevicePool:
+    """Slots on the device for states, or for blocks of so many bytes."""
+    if nbytes is None:
+        return DevicePool(device, count, form.leaves_nbytes, form.random_nbytes)
+    return DevicePool(device, count, nbytes, 0)
+
+
+def _leaves_there(form: Form, slot: Slot) -> Leaves:
+    if slot.views is None:
+        slot.views = form.leaves(slot.memory)
+    return slot.views  # type: ignore[no-any-return]
+
+
+def save_there(form: Form, slot: Slot, carry: Leaves, random: torch.Tensor | None) -> None:
+    """Keep a carry in a slot on the device."""
+    with torch.no_grad():
+        for view, leaf in zip(_leaves_there(form, slot), carry, strict=True):
+            view.copy_(leaf)
+    keep_random(form, slot, random)
+
+
+def load_from_there(form: Form, slot: Slot) -> tuple[Leaves, torch.Tensor | None]:
+    """What is kept in a slot on the device."""
+    return [view.clone() for view in _leaves_there(form, slot)], form.random(slot.data)
+
+
+def block_there(slot: Slot, as_block: AsBlock) -> Block:
+    """A slot on the device as residuals."""
+    if slot.views is None:
+        slot.views = as_block(slot.memory)
+    return slot.views  # type: ignore[no-any-return]
+
+
 class OnDevice:
     """Implements `longtape.torch.places.Place` and `longtape.accelerator.Accelerator`.
 
@@ -101,30 +134,20 @@ class OnDevice:
     def lay_out(self, form: Form) -> None:
         self._form = form
 
-    def _views(self, slot: Slot) -> Leaves:
-        if slot.views is None:
-            slot.views = self._form.leaves(slot.memory)
-        return slot.views  # type: ignore[no-any-return]
-
     def save(self, slot: Slot, carry: Leaves, random: torch.Tensor | None) -> None:
-        with torch.no_grad():
-            for view, leaf in zip(self._views(slot), carry, strict=True):
-                view.copy_(leaf)
-        keep_random(self._form, slot, random)
+        save_there(self._form, slot, carry, random)
 
     def load(self, slot: Slot) -> tuple[Leaves, torch.Tensor | None]:
-        return [view.clone() for view in self._views(slot)], self._form.random(slot.data)
+        return load_from_there(self._form, slot)
 
     def filling(self, slot: Slot, as_block: AsBlock) -> Block:
-        if slot.views is None:
-            slot.views = as_block(slot.memory)
-        return slot.views  # type: ignore[no-any-return]
+        return block_there(slot, as_block)
 
     def filled(self, slot: Slot, nbytes: int) -> None:
         pass
 
     def reading(self, slot: Slot, as_block: AsBlock) -> Block:
-        return self.filling(slot, as_block)
+        return block_there(slot, as_block)
 
     def read(self, slot: Slot) -> None:
         pass
@@ -137,7 +160,7 @@ class OnDevice:
 
     def room(self, nbytes: int) -> torch.Tensor:
         like = self._form.like
-        return torch.zeros(nbytes, dtype=torch.uint8, device=like[0].device if like else None)
+        return torch.empty(nbytes, dtype=torch.uint8, device=like[0].device if like else None)
 
     def window_room(self, nbytes: int) -> torch.Tensor:
         return self.room(nbytes)
@@ -150,8 +173,7 @@ class OnDevice:
 
     def pool(self, count: int, nbytes: int, alignment: int, *, is_state: bool) -> DevicePool:
         """Slots on the device."""
-        host = self._form.random_nbytes if is_state else 0
-        self._pools.append(DevicePool(self._device, count, self._form.leaves_nbytes if is_state else nbytes, host))
+        self._pools.append(pool_there(self._device, self._form, count, None if is_state else nbytes))
         return self._pools[-1]
 
     def settle(self, choice: Choice, item_nbytes: int) -> None:
