@@ -22,7 +22,9 @@ OnLink = Callable[[str, float, float], None]
 class SlotPool(Pool, Protocol):
     """A pool that is closed at the end."""
 
-    high_water: int
+    @property
+    def high_water(self) -> int:
+        """The most slots that were out at once."""
 
     def close(self) -> None:
         """Release the memory; idempotent."""
@@ -73,5 +75,3 @@ class Accelerator(Protocol):
 
     def close(self) -> None:
         """Have nothing more touch the slots, and give the device's memory back; idempotent, raises nothing."""
-
-

@@ -155,6 +155,12 @@ class Stream(Protocol):
     def copy(self, target: Any, source: Any) -> None:
         """Copy bytes between the device and pinned memory; both must be left alone until it is done."""
 
+    def touches(self, memory: Any, *, writes: bool) -> None:
+        """What was just asked for here, beside copies, reads or writes this memory, which copies touch too.
+
+        Nothing has to come of it: a device for tests checks that events order it with the copies.
+        """
+
     def synchronize(self) -> None:
         """Return when all is done that was asked for.  Raises `DeviceError`."""
 

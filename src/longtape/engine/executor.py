@@ -36,7 +36,7 @@ from longtape.plan.stock import Stock
 from longtape.protocols import Ahead, Job, Meter, Observer
 
 BLOCKS_AHEAD = 2
-"""Residual blocks that are announced; of snapshots it is the next one, for others may be stored before the one below."""
+"""Residual blocks that are announced; of snapshots only the next one, for others may be stored above the one below."""
 
 
 class Executor:

@@ -7,8 +7,13 @@ the caller's thread; where the compute stream is told to wait, the caller does.
 
 So whoever reads what has not arrived reads what was there before, and whoever writes to what
 has not departed is heard of at the other end: wrong bits, every time, and not once in a
-thousand runs as on a device.  Must not know any job; needs no framework: it takes arrays, or
-tensors that have `numpy()`.
+thousand runs as on a device.
+
+What does not show in the bits, because what is computed runs at once here, is found by logic: every access
+to the device's memory and to pinned memory is held against those before it, and two of which
+one writes must be ordered by events.  Neither luck nor timing plays a part in that.
+
+Must not know any job; needs no framework: it takes arrays, or tensors that have `numpy()`.
 
 Invariant: a stream holds back no copy that somebody waits for, on the host or on another
 stream; so nothing here can hang that would not on a device.
@@ -19,8 +24,10 @@ from __future__ import annotations
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from math import inf
 from types import TracebackType
 from typing import Any, Literal
@@ -34,7 +41,10 @@ from longtape.sizes import format_bytes
 Delay = Callable[[str], float]
 """Given the name of a stream, the seconds for which it holds back its next copy or event; inf: until it is wanted."""
 
-Waiter = Literal["compute", "out", "in", "host"]
+Waiter = Literal["compute", "out", "in", "worker"]
+
+Clock = dict[str, int]
+"""Of each stream, how much of what it was asked for is known to be done before."""
 
 
 def at_once(stream: str) -> float:
@@ -58,23 +68,43 @@ def drawn(seed: int, *, longest: float = 200e-6) -> Delay:
     return delay
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Bytes from address `start` to before `stop` were read or written."""
+
+    stream: str
+    moment: int
+    """How much the stream had been asked for."""
+    start: int
+    stop: int
+    writes: bool
+
+
 class SimulatedEvent:
     """Implements `longtape.protocols.Event`."""
 
     def __init__(self, stream: SimulatedStream, number: int) -> None:
         self.stream, self.number = stream, number
+        self.clock = dict(stream.clock)
         self.seconds = 0.0
         """On `time.perf_counter`, once it is over."""
         self.over = False
-        self.failure: DeviceError | None = None
 
     def is_over(self) -> bool:
-        self.stream.device.raise_failure()
+        device = self.stream.device
+        device.raise_failure()
+        if self.over:
+            device.host_knows(self)
         return self.over
 
     def wait(self) -> None:
-        if not self.stream.device.ignores("host"):
-            self.stream.until(self)
+        device = self.stream.device
+        is_worker = threading.current_thread().name.startswith("longtape-")
+        if is_worker and device.ignores("worker"):
+            return
+        self.stream.until(self)
+        if not is_worker:
+            device.host_knows(self)
 
 
 class SimulatedStream:
@@ -87,10 +117,13 @@ class SimulatedStream:
         self._wanted = 0
         """Nothing up to this number is to be held back."""
         self._thread: threading.Thread | None = None
+        self.clock: Clock = {}
+        """What is done before whatever this stream is asked for next."""
 
     # The caller's side -------------------------------------------------------------------------
 
     def record(self) -> SimulatedEvent:
+        self._tick()
         event = SimulatedEvent(self, self._given + 1)
 
         def happen() -> None:
@@ -103,6 +136,7 @@ class SimulatedStream:
         assert isinstance(event, SimulatedEvent)
         if self.device.ignores(self.name):
             return
+        _join(self.clock, event.clock)
         if self is self.device.compute:  # what is computed runs on the caller's thread, so that has to wait
             event.stream.until(event)
         else:
@@ -113,10 +147,24 @@ class SimulatedStream:
         if into.nbytes != what.nbytes:
             raise UsageError(f"{what.nbytes} bytes were to be copied to a place of {into.nbytes}")
         self.device.check_pinned(into, what)
+        self.touches(into, writes=True)
+        self.touches(what, writes=False)
         self._give(lambda: self.device.move(self.name, into, what))
 
+    def touches(self, memory: Any, *, writes: bool) -> None:
+        array = _array(memory)
+        moment = self._tick()
+        if array.nbytes:
+            at = array.ctypes.data
+            self.device.note(Access(self.name, moment, at, at + array.nbytes, writes), self.clock)
+
+    def _tick(self) -> int:
+        _join(self.clock, self.device.host_clock)
+        self.clock[self.name] = self.clock.get(self.name, 0) + 1
+        return self.clock[self.name]
+
     def synchronize(self) -> None:
-        self.until(self.record())
+        self.record().wait()
 
     def _give(self, task: Callable[[], None]) -> None:
         changed = self.device.changed
@@ -185,6 +233,7 @@ class SimulatedDevice:
         memory_nbytes: What can be reserved on it.
         pinnable_nbytes: What the system lets be pinned.
         ignoring: Who does not wait when told to: for tests that show that they would notice.
+        checks: Raise where two accesses are not ordered.
         fail_at: The copy, counted from 1, at which the device is lost; None: it is not.
     """
 
@@ -197,6 +246,7 @@ class SimulatedDevice:
         memory_nbytes: float = inf,
         pinnable_nbytes: float = inf,
         ignoring: Collection[Waiter] = (),
+        checks: bool = True,
         fail_at: int | None = None,
     ) -> None:
         self.changed = threading.Condition()
@@ -204,8 +254,12 @@ class SimulatedDevice:
         self.delay = delay
         self.failure: DeviceError | None = None
         self._memory, self._pinnable, self._fail_at = memory_nbytes, pinnable_nbytes, fail_at
-        self._ignoring = frozenset(ignoring)
-        self._arenas: list[Bytes] = []
+        self._ignoring, self._checks = frozenset(ignoring), checks
+        self._arenas: list[weakref.ref[Bytes]] = []
+        self._peak = 0
+        self._accesses: dict[tuple[str, int, int, bool], Access] = {}
+        self.host_clock: Clock = {}
+        """What the host knows to be done."""
         self.pinned: dict[int, int] = {}
         """By address: bytes that are pinned now."""
         self.reservations = 0
@@ -226,8 +280,17 @@ class SimulatedDevice:
         self.reservations += 1
         room = np.full(nbytes + 64, 0xFF, np.uint8)
         start = -room.ctypes.data % 64
-        self._arenas.append(room[start : start + nbytes])
-        return self._arenas[-1]
+        arena = room[start : start + nbytes]
+        self._arenas.append(weakref.ref(arena))
+        self._peak = max(self._peak, self._in_use())
+        return arena
+
+    def _in_use(self) -> int:
+        return sum(arena.nbytes for arena in self._living())
+
+    def _living(self) -> list[Bytes]:
+        self._arenas = [reference for reference in self._arenas if reference() is not None]
+        return [arena for reference in self._arenas if (arena := reference()) is not None]
 
     def pin(self, memory: Bytes) -> None:
         with self.changed:
@@ -251,11 +314,11 @@ class SimulatedDevice:
         return ended.seconds - began.seconds
 
     def begin_peak(self) -> int:
-        self._arenas = []
-        return 0
+        self._peak = self._in_use()
+        return self._peak
 
     def peak_nbytes(self) -> int:
-        return sum(arena.nbytes for arena in self._arenas)
+        return self._peak
 
     def is_capturing(self) -> bool:
         return False
@@ -280,10 +343,29 @@ class SimulatedDevice:
         with self.changed:
             for place in places:
                 at = place.ctypes.data
-                ours = any(a.ctypes.data <= at and at + place.nbytes <= a.ctypes.data + a.nbytes for a in self._arenas)
+                spans = [(a.ctypes.data, a.ctypes.data + a.nbytes) for a in self._living()]
+                ours = any(start <= at and at + place.nbytes <= stop for start, stop in spans)
                 pinned = any(start <= at and at + place.nbytes <= start + n for start, n in self.pinned.items())
                 if not ours and not pinned:
                     raise DeviceError(f"a copy of {place.nbytes} bytes to or from memory that is not pinned")
+
+    def note(self, access: Access, clock: Clock) -> None:
+        """Hold an access against those before it, given what is done before it."""
+        if not self._checks:
+            return
+        for other in self._accesses.values():
+            if other.stream == access.stream or not (access.writes or other.writes):
+                continue
+            if other.start < access.stop and access.start < other.stop and clock.get(other.stream, 0) < other.moment:
+                raise DeviceError(
+                    f"the stream {access.stream!r} {'writes' if access.writes else 'reads'} bytes that the stream "
+                    f"{other.stream!r} may not yet have {'written' if other.writes else 'read'}: no event orders them"
+                )
+        self._accesses[access.stream, access.start, access.stop, access.writes] = access
+
+    def host_knows(self, event: SimulatedEvent) -> None:
+        """The host has seen that an event is over: what it asks for from now on comes after."""
+        _join(self.host_clock, event.clock)
 
     def fail(self, error: Exception) -> None:
         """From now on nothing works."""
@@ -314,6 +396,12 @@ class SimulatedDevice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _join(clock: Clock, other: Clock) -> None:
+    for stream, moment in other.items():
+        if moment > clock.get(stream, 0):
+            clock[stream] = moment
 
 
 def _array(memory: Any) -> Bytes:

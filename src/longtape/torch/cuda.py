@@ -76,6 +76,9 @@ class CudaStream:
         except RuntimeError as error:
             raise _lost(error) from error
 
+    def touches(self, memory: torch.Tensor, *, writes: bool) -> None:
+        pass
+
     def synchronize(self) -> None:
         try:
             self.inner.synchronize()
@@ -126,7 +129,7 @@ class CudaDevice:
         assert isinstance(began, CudaEvent)
         assert isinstance(ended, CudaEvent)
         try:
-            return began.inner.elapsed_time(ended.inner) / 1e3
+            return float(began.inner.elapsed_time(ended.inner)) / 1e3
         except RuntimeError as error:
             raise _lost(error) from error
 

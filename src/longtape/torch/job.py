@@ -331,9 +331,7 @@ class ScanJob:
         self._numbers[start] = self._patterns.setdefault(numbers, numbers)
         return stop
 
-    def _record_into(
-        self, steps: CapturedSteps, block: Block, start: int, stop: int
-    ) -> tuple[int, tuple[int, ...]]:
+    def _record_into(self, steps: CapturedSteps, block: Block, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
         """Run steps and put their residuals into a block; returns the state reached, and the graph each took."""
         numbers = []
         index = start

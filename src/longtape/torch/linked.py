@@ -3,8 +3,10 @@
 Owns the copies between the two: out of the device behind whatever is computed, into it ahead of
 need.  Owns the ring of buffers they go through, the snapshots within a window, and the guards
 that say when a slot's bytes and a buffer's may be touched again.  Runs on the executor's thread;
-nothing in it waits for the device but `save`, where random numbers are kept, and what is called
-between the sweeps.
+nothing in it waits for the device but what is called before the sweeps or after one.
+
+A snapshot's leaves travel; the state of random generators, which the host holds, is put behind
+them in the slot by the host, and read from there.
 
 Invariants:
 
@@ -109,7 +111,9 @@ class Linked:
             into = self._typical(self._device.into, there, here)
         finally:
             pool.close()
-        speeds = [nbytes / max(seconds - latency, 0.1 * seconds, 1e-9) if nbytes > small else inf for seconds in (out, into)]
+        speeds = [
+            nbytes / max(seconds - latency, 0.1 * seconds, 1e-9) if nbytes > small else inf for seconds in (out, into)
+        ]
         return replace(costs, out_bytes_per_second=speeds[0], in_bytes_per_second=speeds[1], link_latency=latency)
 
     def _typical(self, stream: Stream, target: torch.Tensor, source: torch.Tensor) -> float:
@@ -168,22 +172,20 @@ class Linked:
         if slot.memory is not None:
             save_there(self._form, slot, carry, random)
             return
-        if random is not None and slot.guard is not None:
-            slot.guard.wait()  # the host is about to write to the slot
         buffer = self._ring.take()
         self._hold_compute(buffer.still_busy())
         with torch.no_grad():
             for view, leaf in zip(self._leaves(buffer), carry, strict=True):
                 view.copy_(leaf)
         self._copy_out(buffer, slot, self._form.leaves_nbytes)
-        keep_random(self._form, slot, random)
+        keep_random(self._form, slot, random)  # behind the leaves, where no copy goes
 
     def load(self, slot: Slot) -> tuple[Leaves, torch.Tensor | None]:
         if slot.memory is not None:
             return load_from_there(self._form, slot)
         buffer = self._fetched(slot, self._form.leaves_nbytes)
         carry = [view.clone() for view in self._leaves(buffer)]
-        buffer.busy.append(self._device.compute.record())
+        self._used(buffer)
         return carry, self._form.random(slot.data)
 
     def _leaves(self, buffer: Buffer) -> Leaves:
@@ -215,6 +217,11 @@ class Linked:
             return
         buffer = self._ring.find(slot)
         assert buffer is not None
+        self._used(buffer)
+
+    def _used(self, buffer: Buffer) -> None:
+        """Compute has been asked to read the buffer."""
+        self._device.compute.touches(buffer.memory, writes=False)
         buffer.busy.append(self._device.compute.record())
 
     def _block(self, buffer: Buffer, as_block: AsBlock) -> Block:
@@ -251,6 +258,7 @@ class Linked:
         """What compute has put into the buffer, on to its slot."""
         self._ring.forget(slot)
         out = self._device.out
+        self._device.compute.touches(buffer.memory, writes=True)
         out.wait(self._device.compute.record())
         ended = self._copied(out, "out", _tensor(slot)[:nbytes], buffer.memory[:nbytes], slot)
         buffer.holds, buffer.arrived = slot, None
@@ -338,7 +346,10 @@ class Linked:
 
     def usage(self) -> DeviceReport:
         """What the run took of the device and of the link."""
-        links = [Link(way, self._links[way].count, self._links[way].nbytes, self._links[way].seconds) for way in ("out", "in")]
+        links = [
+            Link(way, self._links[way].count, self._links[way].nbytes, self._links[way].seconds)
+            for way in ("out", "in")
+        ]
         return DeviceReport(
             name=self._device.name,
             budget_bytes=self._memory_nbytes,

@@ -19,7 +19,7 @@ from longtape.errors import StateError
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.plan.costs import Device as Limits
-from longtape.protocols import Bytes, Device, Slot
+from longtape.protocols import Device, Slot
 from longtape.report import DeviceReport
 from longtape.torch.blocks import Block
 from longtape.torch.places import AsBlock, Form, keep_random

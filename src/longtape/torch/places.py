@@ -38,7 +38,9 @@ class Form:
         """Typed views of the leaves in memory that holds at least these."""
         places = zip(self.fields.offsets, self.fields.sizes, self.like, strict=False)
         return [
-            memory[start : start + size].view(leaf.dtype).view(leaf.shape) if size else memory.new_empty(0).view(leaf.dtype).view(leaf.shape)
+            memory[start : start + size].view(leaf.dtype).view(leaf.shape)
+            if size
+            else memory.new_empty(0).view(leaf.dtype).view(leaf.shape)
             for start, size, leaf in places
         ]
 
