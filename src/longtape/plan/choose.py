@@ -208,9 +208,9 @@ def _check_device(problem: Problem, costs: Costs) -> None:
         return
     raise BudgetError(
         f"a budget of {device.memory_nbytes} bytes on the device and of {problem.memory_nbytes} bytes in the host's "
-        f"memory was asked for, but one state takes {problem.state_nbytes} bytes: the least that would do is {least} "
-        f"bytes on the device, for {device.staging} states on their way over the link, and {problem.state_nbytes} bytes "
-        "in the host's memory; raise what is below that"
+        f"memory was asked for, but one state takes {problem.state_nbytes} bytes: the least that would do is "
+        f"{least} bytes on the device, for {device.staging} states on their way over the link, and "
+        f"{problem.state_nbytes} bytes in the host's memory; raise what is below that"
     )
 
 
