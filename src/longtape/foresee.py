@@ -7,14 +7,18 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from longtape.actions import Key, Kind
-from longtape.plan.asynchronous import Layout
+from longtape.plan.asynchronous import Layout, Rules
 from longtape.plan.choose import Choice, choose
 from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
+from longtape.plan.predict import can_record, recorded_seconds
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
 
 STORAGE_BYTES_PER_SECOND = 1e9
 """Of an ordinary solid-state disk, to say what one would bring where there is none."""
+
+UNINSURED = 1 << 62
+"""Windows between snapshots against lost blocks, where none can be lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +54,26 @@ class Foresight:
     """The best of each other schedule, the quickest first; what storing everything would need is always among them."""
 
 
-def layout_of(choice: Choice, problem: Problem) -> Layout:
-    """The choice in the terms of the plan generator."""
+def layout_of(choice: Choice, problem: Problem, costs: Costs | None = None) -> Layout:
+    """The choice in the terms of the plan generator; with a device, the costs say what its link takes."""
     # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
     least = LEAST_TO_PIN if choice.record_fraction < 1.0 else 1
+    linked = costs is not None and problem.device is not None and not choice.on_device
+    # What memory holds needs no insurance against storage.
+    safety = safety_windows(problem, choice.window) if choice.uses_disk or problem.device is None else UNINSURED
     return Layout(
         window=choice.window,
         tail=choice.tail,
         fixed_spacing=choice.stall_spacing,
         longest_piece=choice.longest_piece,
-        records=choice.blocks > 0,
+        records=choice.blocks > 0 and (problem.device is None or choice.on_device),
         record_fraction=choice.record_fraction,
         plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,
         stores=choice.uses_disk,
-        safety=safety_windows(problem, choice.window),
+        safety=safety,
         pin_initial=problem.pins_initial and choice.uses_disk and choice.slots >= least,
+        out_seconds=costs.out_seconds(problem.state_nbytes) if costs and linked else 0.0,
+        in_seconds=costs.in_seconds(problem.state_nbytes) if costs and linked else 0.0,
     )
 
 
@@ -121,7 +130,7 @@ def _alternatives(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Al
     yield Alternative("store_all", everything.time_seconds, everything.peak_memory_bytes, fits=False)
 
 
-def replay(foresight: Foresight) -> Outcome:
+def replay(foresight: Foresight, rules: Rules | None = None) -> Outcome:
     """Run the chosen plan in the event model; takes time and memory that grow with the number of steps."""
     problem, costs, choice = foresight.problem, foresight.costs, foresight.choice
     steps = problem.steps or 10_000
@@ -138,13 +147,24 @@ def replay(foresight: Foresight) -> Outcome:
         costs.record,
         costs.pull_back,
     )
-    layout = layout_of(choice, problem)
+    if problem.device is not None and not choice.on_device:
+        taped = choice.window > 1 and not choice.device_slots and can_record(problem, costs)
+        speeds = replace(
+            speeds,
+            reverse=recorded_seconds(costs) if taped else costs.reverse,
+            copy_out=lambda key: costs.out_seconds(nbytes(key)),
+            copy_in=lambda key: costs.in_seconds(nbytes(key)),
+            staging=problem.device.staging,
+            device_slots=choice.device_slots,
+        )
+    layout = layout_of(choice, problem, costs)
     limit = inf if problem.disk_nbytes is None else problem.disk_nbytes
     return simulate(
         steps,
         choice.slots,
         speeds,
         layout=layout,
+        rules=rules,
         blocks=choice.blocks,
         known=problem.steps is not None,
         storage_limit=limit,

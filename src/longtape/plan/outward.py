@@ -255,7 +255,7 @@ class ForwardSweep:
         since = window - self._last_store
         if window == 0:
             return True
-        if since < self._thinning.least_gap:
+        if since < self._thinning.least_gap or not self._course.layout.stores:
             return False
         if self._course.layout.longest_piece:
             return window >= self._next_cut()
@@ -264,7 +264,9 @@ class ForwardSweep:
         stock = self._course.stock
         if self._course.rules.keep_spacing and since < max(1, floor(self._course.spacing())):
             return False
-        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < self._course.forward_seconds * (1 - 1e-9)
+        # What is stored a step later is in memory, where it can be written from, only so much later still.
+        until = self._course.forward_seconds + self._course.layout.out_seconds
+        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < until * (1 - 1e-9)
         if (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2:
             self._gap_factor = 1
             return True

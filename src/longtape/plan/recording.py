@@ -5,17 +5,18 @@ prediction made from it.  Windows, symbols and units are those of `predict`; φ 
 fraction of the windows recorded, k = `Recording.run` the plain windows between them.
 
 Everything is linear in φ once k is given, so that the best φ is where one of the
-balances is just met, or 1.
+balances is just met, or 1.  With a device in front, what goes over the link is linear between
+`Recording.turning_points` too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, floor
 
-from longtape.plan.binomial import advances
+from longtape.plan.binomial import advances, stores
 from longtape.plan.costs import Costs, Problem
-from longtape.plan.predict import Footprint, Pace, Prediction, pace, recorded_seconds, tally, working_slots
+from longtape.plan.predict import Footprint, Pace, Passage, Prediction, pace, recorded_seconds, tally, working_slots
 
 _SAFETY_WINDOWS = 32
 _ROUNDING = 1e-9
@@ -60,6 +61,8 @@ class Recording:
     footprint: Footprint
     run: int = 1
     """Plain windows from one snapshot to the next."""
+    stored: bool = True
+    """Residuals go to storage; else to memory alone, which then holds all of them."""
 
     @property
     def job(self) -> Pace:
@@ -85,8 +88,9 @@ class Recording:
         return advances(self.run, max(1, working_slots(self.problem, self.footprint) - 1)) / self.run
 
     def snapshots(self) -> Loads:
-        """Snapshots written per window, recorded or not."""
-        return Loads(1.0 / self.run, 1.0 / safety_windows(self.problem, self.footprint.window))
+        """Snapshots kept per window, recorded or not; what memory holds needs no insurance."""
+        insuring = 1.0 / safety_windows(self.problem, self.footprint.window) if self.stored else 0.0
+        return Loads(1.0 / self.run, insuring)
 
     def forward(self) -> Loads:
         """Time to spare for the writes: n·(t_F or h·record) - writes.
@@ -94,6 +98,8 @@ class Recording:
         Where every window is recorded the last ones may still wait to be written:
         depth·t_w(block) more.  Otherwise no queue may build up before the snapshots.
         """
+        if not self.stored:
+            return Loads(0.0, 0.0)
         job, block, snapshots = self.job, self.costs.write_seconds(self.block_nbytes), self.snapshots()
         none = job.windows * (job.advance - snapshots.none * job.write)
         record = job.steps * (self.costs.record or 0.0)
@@ -102,6 +108,8 @@ class Recording:
 
     def reverse(self) -> Loads:
         """Time to spare for the reads: n·(t_B + again·t_F, or h·pull_back) + depth·t_r(block) - reads."""
+        if not self.stored:
+            return Loads(0.0, 0.0)
         job, block = self.job, self.costs.read_seconds(self.block_nbytes)
         kept = self.depth * block
         pull_back = job.steps * (self.costs.pull_back or 0.0)
@@ -113,13 +121,110 @@ class Recording:
     def disk(self) -> Loads:
         """Bytes to spare on storage; without a stated limit, plenty."""
         limit = self.problem.disk_nbytes
-        if limit is None:
+        if limit is None or not self.stored:
             return Loads(0.0, 0.0)
         windows, state, snapshots = self.job.windows, self.problem.state_nbytes, self.snapshots()
         return Loads(
             none=limit - windows * snapshots.none * state,
             all=limit - windows * (self.block_nbytes + snapshots.all * state),
         )
+
+    # In memory alone --------------------------------------------------------------------------
+
+    def memory(self) -> Loads:
+        """Bytes of memory to spare if it holds all residuals, and the snapshots from which plain runs start.
+
+        A run takes k slots more while it is reversed.
+        """
+        windows, state, limit = self.job.windows, self.problem.state_nbytes, self.problem.memory_nbytes
+        return Loads(
+            none=limit - (windows / self.run + self.run) * state,
+            all=limit - windows * self.block_nbytes - state,
+        )
+
+    def holding(self, fraction: float) -> Recording | None:
+        """The same with the slots and blocks that hold everything; None where they do not fit."""
+        windows = self.job.windows
+        slots = min(windows, ceil(self.snapshots_between(fraction) - _ROUNDING) + 1 + self.run)
+        blocks = max(1, floor(fraction * windows + _ROUNDING))
+        footprint = replace(self.footprint, slots=1 if fraction == 1.0 else slots, blocks=blocks)
+        fits = footprint.nbytes(self.problem) <= self.problem.memory_nbytes
+        return replace(self, footprint=footprint) if fits else None
+
+    # The link of a device --------------------------------------------------------------------
+
+    @property
+    def ahead(self) -> int:
+        """Items that may follow a block before it must have left the device: all staging buffers but its own."""
+        return 0 if self.problem.device is None else max(0, self.problem.device.staging // 2 - 1)
+
+    def gaps(self, fraction: float) -> list[tuple[int, float]]:
+        """Plain windows that follow a recorded one, 1/φ - 1 in the mean, and how many windows each length follows."""
+        recorded = fraction * self.job.windows
+        mean = 1.0 / fraction - 1.0
+        below = floor(mean + _ROUNDING)
+        return [(below, recorded * (below + 1.0 - mean)), (below + 1, recorded * max(0.0, mean - below))]
+
+    def snapshots_between(self, fraction: float) -> float:
+        """Snapshots that plain windows start from: ⌈g/k⌉ in a gap of g."""
+        return sum(count * ceil(gap / self.run) for gap, count in self.gaps(fraction)) if fraction else self.job.windows
+
+    def link_forward(self, fraction: float) -> float:
+        """Seconds for which the forward sweep waits for the link.
+
+        A block hides behind what follows it until its buffer is wanted again: behind
+        h·record where the next window is recorded too; behind t_F for each plain one, up to
+        the second snapshot.  A snapshot hides behind t_F.
+        """
+        job, block = self.job, self.costs.out_seconds(self.block_nbytes)
+        if self.problem.device is None:
+            return 0.0
+        record = job.steps * (self.costs.record or 0.0)
+        waited = (1.0 - fraction) * job.windows / self.run * max(0.0, job.out - job.advance)
+        for gap, count in self.gaps(fraction) if fraction else ():
+            hidden = min(self.ahead * self.run, gap) * job.advance if gap else min(self.ahead, 1) * record
+            waited += count * max(0.0, block - hidden)
+        return waited
+
+    def link_reverse(self, fraction: float) -> float:
+        """Seconds for which the reverse sweep waits for the link.
+
+        A snapshot that a run keeps on the way hides behind t_F.  Coming back, an item hides
+        behind the adjoint before it, as the next one is copied in as soon as one has been
+        taken: behind h·pull_back if that was a recorded window, else behind t_B.  The first one
+        hides behind nothing.
+        """
+        job, block = self.job, self.costs.in_seconds(self.block_nbytes)
+        if self.problem.device is None:
+            return 0.0
+        pull_back = job.steps * (self.costs.pull_back or 0.0) * min(self.ahead, 1)
+        recorded, plain = fraction * job.windows, (1.0 - fraction) * job.windows
+        changes = min(recorded, plain)
+        return (
+            (recorded - changes) * max(0.0, block - pull_back)
+            + changes * (max(0.0, block - job.adjoint) + max(0.0, job.back - pull_back))
+            + (plain - changes) * max(0.0, job.back - job.adjoint)
+            + (block if fraction > 0.5 else job.back)
+            + self._kept_by_runs(fraction) * max(0.0, job.out - job.advance)
+        )
+
+    def _kept_by_runs(self, fraction: float) -> float:
+        """Snapshots that plain runs keep besides the one they start from."""
+        kept = stores(self.run, max(1, working_slots(self.problem, self.footprint) - 1)) - 1.0
+        return kept * (1.0 - fraction) * self.job.windows / self.run
+
+    def turning_points(self) -> set[float]:
+        """The fractions between which the time that the link takes is linear in φ: gaps of whole windows."""
+        if self.problem.device is None:
+            return set()
+        gap = ceil(self.costs.out_seconds(self.block_nbytes) / self.job.advance - _ROUNDING)
+        return {1.0 / (1.0 + g) for g in {0, 1, gap - 1, gap, self.ahead * self.run} if g >= 0}
+
+    def passage(self, fraction: float) -> Passage:
+        """Snapshots over the link: those stored, those that runs keep besides, and one in for each plain window."""
+        plain = (1.0 - fraction) * self.job.windows
+        out = self.job.windows * self.snapshots().spare(fraction) + self._kept_by_runs(fraction)
+        return Passage(out, plain, self.link_forward(fraction) + self.link_reverse(fraction))
 
 
 def predict_residuals(recording: Recording, fraction: float) -> Prediction:
@@ -129,23 +234,27 @@ def predict_residuals(recording: Recording, fraction: float) -> Prediction:
     of t(k, s-1) re-advances in a run of k.  The forward sweep never waits (what storage
     cannot carry is not recorded: keep φ ≤ `Recording.forward`'s largest); the reverse
     sweep stalls for the reads that its own time, and the blocks still in memory, do not
-    cover.
+    cover.  With a device both sweeps may wait for the link.
     """
     job, costs = recording.job, recording.costs
     recorded, plain = fraction * job.windows, (1.0 - fraction) * job.windows
-    stalled = max(0.0, -recording.reverse().spare(fraction))
+    moved = recording.passage(fraction)
+    stalled = max(0.0, -recording.reverse().spare(fraction) - recording.link_reverse(fraction))
     advanced = plain * (1.0 + recording.again)
     seconds = recorded * job.steps * recorded_seconds(costs) + advanced * job.advance + plain * job.adjoint + stalled
-    runs = plain / recording.run
+    runs = plain / recording.run if recording.stored else 0.0
+    windows, blocks = (job.windows, ceil(recorded - _ROUNDING)) if recording.stored else (0, 0)
     return tally(
         recording.problem,
         costs,
         recording.footprint,
-        seconds=seconds,
-        advanced=advanced * job.steps,
+        seconds=seconds + moved.stall,
+        advanced=advanced * job.steps + plain * job.inner,
         stalled=stalled,
-        snapshots_written=ceil(job.windows * recording.snapshots().spare(fraction) - _ROUNDING),
+        snapshots_written=ceil(windows * recording.snapshots().spare(fraction) - _ROUNDING),
         snapshots_read=ceil(runs - _ROUNDING),
-        blocks_written=ceil(recorded - _ROUNDING),
-        blocks_read=max(0, ceil(recorded - _ROUNDING) - recording.depth),
+        blocks_written=blocks,
+        blocks_read=max(0, blocks - recording.depth),
+        moved=moved,
+        blocks_moved=ceil(recorded - _ROUNDING),
     )
