@@ -183,9 +183,9 @@ class Run:
             )
         if traits.steps is not None and traits.steps < 1:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
-        if memory < traits.state_nbytes:
+        if memory < traits.state_nbytes and self._limits is None:
             raise BudgetError(
-                f"{self._memory_name}={format_bytes(memory)} cannot hold one state of this model, which takes "
+                f"memory={format_bytes(memory)} cannot hold one state of this model, which takes "
                 f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
             )
         self.memory_nbytes = memory
@@ -463,7 +463,7 @@ class Run:
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
 
     def _layout(self) -> Layout:
-        layout, staging = layout_of(self.choice, self._problem()), self._staging()
+        layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging()
         if self.choice.schedule == "asynchronous" and staging is not None:
             layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
         free = self._traits.initial_is_free

@@ -40,8 +40,10 @@ from longtape.sizes import format_bytes
 from longtape.tiers.pinned import PinnedPool
 from longtape.torch.blocks import Block
 from longtape.torch.on_device import (
-    ALIGNMENT,
+    BLOCK_ALIGNMENT,
+    STATE_ALIGNMENT,
     DevicePool,
+    aligned,
     block_there,
     load_from_there,
     pool_there,
@@ -142,24 +144,23 @@ class Linked:
         self._is_near = choice.on_device
         if self._is_near:
             return
-        state, item = _aligned(self._form.leaves_nbytes), _aligned(item_nbytes)
-        tapes = (choice.window - 1) * self.limits.tape_nbytes if not choice.device_slots else 0
-        inner = choice.device_slots * self._form.leaves_nbytes
-        room = self._memory_nbytes - tapes - inner
-        buffers = min(self.limits.staging, room // max(1, item_nbytes))
+        item = aligned(item_nbytes, BLOCK_ALIGNMENT if choice.blocks else STATE_ALIGNMENT)
+        state = aligned(self._form.leaves_nbytes, STATE_ALIGNMENT)
+        tapes = 0 if choice.device_slots else (choice.window - 1) * self.limits.tape_nbytes
+        inner = choice.device_slots * state
+        buffers = min(self.limits.staging, (self._memory_nbytes - tapes - inner) // max(1, item))
         if buffers < LEAST_BUFFERS:
-            least = tapes + inner + LEAST_BUFFERS * item_nbytes
             raise BudgetError(
                 f"memory={format_bytes(self._memory_nbytes)} of {self._device.name} cannot hold {LEAST_BUFFERS} items "
-                f"on their way, the largest of {item_nbytes} bytes, beside {tapes + inner} bytes for a window of "
-                f"{choice.window} steps; give at least {least} bytes"
+                f"on their way, the largest of {item} bytes, beside {tapes + inner} bytes for a window of "
+                f"{choice.window} steps; give at least {tapes + inner + LEAST_BUFFERS * item} bytes"
             )
-        nbytes = buffers * item + choice.device_slots * state
+        nbytes = buffers * item + inner
         self._arena = arena = tensor_of(self._device.reserve(nbytes))
         self._reserved_nbytes = arena.nbytes
         self._ring = Ring([arena[k * item : k * item + item_nbytes] for k in range(buffers)])
-        places = range(buffers * item, nbytes, max(1, state))
-        self._inner = [self._form.leaves(arena[at : at + state]) for at in places[: choice.device_slots]]
+        places = [buffers * item + k * state for k in range(choice.device_slots)]
+        self._inner = [self._form.leaves(arena[at : at + state]) for at in places]
         self.inner_slots = choice.device_slots
 
     def watch(self, on_link: OnLink) -> None:
@@ -385,7 +386,3 @@ def _tensor(slot: Slot) -> torch.Tensor:
     if slot.views is None:
         slot.views = torch.from_numpy(slot.data)
     return slot.views  # type: ignore[no-any-return]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT

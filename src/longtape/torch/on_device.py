@@ -25,12 +25,18 @@ from longtape.torch.blocks import Block
 from longtape.torch.places import AsBlock, Form, keep_random
 from longtape.torch.structure import Leaves
 
-ALIGNMENT = 64
+STATE_ALIGNMENT, BLOCK_ALIGNMENT = 16, 64
+"""Of slots on the device: what any type of number needs; and what residuals are laid out by."""
 
 
 def tensor_of(memory: Any) -> torch.Tensor:
     """Memory of a device as a tensor of bytes."""
     return memory if isinstance(memory, torch.Tensor) else torch.from_numpy(memory)
+
+
+def aligned(nbytes: int, alignment: int) -> int:
+    """The next multiple."""
+    return -(-nbytes // alignment) * alignment
 
 
 class DevicePool:
@@ -41,10 +47,11 @@ class DevicePool:
         count: How many slots.
         nbytes: Of each, on the device.
         host_nbytes: Of each, beside it on the host.
+        alignment: What each begins at a multiple of, in bytes.
     """
 
-    def __init__(self, device: Device, count: int, nbytes: int, host_nbytes: int) -> None:
-        stride = -(-nbytes // ALIGNMENT) * ALIGNMENT
+    def __init__(self, device: Device, count: int, nbytes: int, host_nbytes: int, *, alignment: int) -> None:
+        stride = aligned(nbytes, alignment)
         self.nbytes = count * stride
         memory = tensor_of(device.reserve(self.nbytes))
         self._free = [
@@ -78,8 +85,8 @@ class DevicePool:
 def pool_there(device: Device, form: Form, count: int, nbytes: int | None) -> DevicePool:
     """Slots on the device for states, or for blocks of so many bytes."""
     if nbytes is None:
-        return DevicePool(device, count, form.leaves_nbytes, form.random_nbytes)
-    return DevicePool(device, count, nbytes, 0)
+        return DevicePool(device, count, form.leaves_nbytes, form.random_nbytes, alignment=STATE_ALIGNMENT)
+    return DevicePool(device, count, nbytes, 0, alignment=BLOCK_ALIGNMENT)
 
 
 def _leaves_there(form: Form, slot: Slot) -> Leaves:

@@ -188,9 +188,6 @@ class _Durable:
     seconds: float
 
 
-LONGEST_WINDOW = 4096
-"""Steps that are reversed on a device from one snapshot, by Revolve on others there."""
-
 PIPE_STATES, PIPE_BLOCKS_NBYTES = 6, 64 << 20
 """What is pinned where the host's memory is only the way to storage: states, and room for residual blocks."""
 
@@ -432,7 +429,7 @@ class Call:
                 residual_nbytes=None if captured is None else captured.stride_nbytes,
                 residual_head_nbytes=0 if captured is None else captured.block_nbytes(0),
                 tape_nbytes=0 if linked is not None else job.tape_nbytes,
-                max_window=self._longest_window(job),
+                max_window=1 if captured is not None else min(self.steps or _MANY_STEPS, 256),
                 initial_is_free=True,
                 notes=tuple(self._notes),
                 floats=job.floats,
@@ -448,13 +445,6 @@ class Call:
                     self._hooks.on_plan(run.choice)
                 run.forward()
         return pending
-
-    def _longest_window(self, job: ScanJob) -> int:
-        """Most steps whose adjoint is taken in one go."""
-        steps = self.steps or _MANY_STEPS
-        if isinstance(job.place, Linked):
-            return min(steps, LONGEST_WINDOW)
-        return 1 if isinstance(job.stepper, CapturedSteps) else min(steps, 256)
 
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
