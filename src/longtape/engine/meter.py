@@ -86,9 +86,9 @@ class Notes:
 class EventMeter:
     """Implements `longtape.protocols.Meter` with the events of a device's compute stream."""
 
-    def __init__(self, device: Device, timeline: Timeline, *, most_ahead: int = MOST_AHEAD) -> None:
+    def __init__(self, device: Device, timeline: Timeline, *, most_ahead: int | None = None) -> None:
         self._device = device
-        self._notes = Notes(timeline, most_ahead)
+        self._notes = Notes(timeline, MOST_AHEAD if most_ahead is None else most_ahead)
 
     def mark(self) -> Event:
         return self._device.compute.record()

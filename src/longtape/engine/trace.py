@@ -260,7 +260,8 @@ class Trace:
         if total <= 0.0:
             return None
         both = sum(_common(lane, self._lanes[name]) for lane in transfers for name in COMPUTE)
-        return min(1.0, both / total)
+        both -= sum(_common(lane, self._lanes["idle"]) for lane in transfers)  # while an action was waiting
+        return min(1.0, max(0.0, both) / total)
 
     @property
     def spans(self) -> Iterator[Span]:

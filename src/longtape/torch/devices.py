@@ -40,19 +40,19 @@ def device_of(init: Leaves, host_memory: int | str | None) -> Device | None:
             f"the tensors of the carry are on several devices ({', '.join(found)}), and a state is kept on one; move "
             "them to one device, counters included"
         )
-    if (stand_in := _standing_in.get()) is not None:
-        if len(found) > 1:
-            raise UsageError(f"the tensors of the carry are on several devices ({', '.join(found)}); move them to one")
-        return stand_in
-    if init and init[0].device.type == "cuda":
+    device = _standing_in.get()
+    if device is not None and len(found) > 1:
+        raise UsageError(f"the tensors of the carry are on several devices ({', '.join(found)}); move them to one")
+    if device is None and init and init[0].device.type == "cuda":
         from longtape.torch.cuda import CudaDevice
 
         device = CudaDevice(init[0].device)
-        if device.is_capturing():
-            raise UsageError(
-                "a scan was called while a CUDA graph is being captured, which cannot hold its copies and decisions; "
-                "call it outside of torch.cuda.graph"
-            )
+    if device is not None and device.is_capturing():
+        raise UsageError(
+            "a scan was called while a CUDA graph is being captured, which cannot hold its copies and decisions; "
+            "call it outside of torch.cuda.graph"
+        )
+    if device is not None:
         return device
     if host_memory is not None:
         raise UsageError(_without_device(host_memory, found))

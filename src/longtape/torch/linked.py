@@ -57,6 +57,9 @@ from longtape.torch.structure import Leaves
 LEAST_BUFFERS = 2
 """One on its way out, one on its way in."""
 
+STAGING = Limits(0).staging
+"""Buffers at most."""
+
 _MOST_PROBED = 64 << 20
 _REPEATS = 3
 
@@ -148,7 +151,7 @@ class Linked:
         state = aligned(self._form.leaves_nbytes, STATE_ALIGNMENT)
         tapes = 0 if choice.device_slots else (choice.window - 1) * self.limits.tape_nbytes
         inner = choice.device_slots * state
-        buffers = min(self.limits.staging, (self._memory_nbytes - tapes - inner) // max(1, item))
+        buffers = min(STAGING, (self._memory_nbytes - tapes - inner) // max(1, item))
         if buffers < LEAST_BUFFERS:
             raise BudgetError(
                 f"memory={format_bytes(self._memory_nbytes)} of {self._device.name} cannot hold {LEAST_BUFFERS} items "

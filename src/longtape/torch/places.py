@@ -45,8 +45,11 @@ class Form:
         ]
 
     def random(self, data: Bytes) -> torch.Tensor | None:
-        """The generators' state, as the last bytes of `data`; None where steps draw nothing."""
-        return torch.from_numpy(data[data.nbytes - self.random_nbytes :]) if self.random_nbytes else None
+        """The generators' state in the host's part of a slot, behind the leaves or alone; None if nothing is drawn."""
+        if not self.random_nbytes:
+            return None
+        start = self.fields.offsets[-1] if data.nbytes >= self.fields.nbytes else 0
+        return torch.from_numpy(data[start : start + self.random_nbytes])
 
 
 class Place(Protocol):

@@ -41,7 +41,7 @@ from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
 from longtape.torch.linked import Linked
-from longtape.torch.on_device import OnDevice
+from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
 
@@ -425,7 +425,7 @@ class Call:
             traits = Traits(
                 title=self.title,
                 steps=self.steps,
-                state_nbytes=max(1, layout.nbytes),
+                state_nbytes=max(1, layout.nbytes if accelerator is None else aligned(layout.nbytes, STATE_ALIGNMENT)),
                 residual_nbytes=None if captured is None else captured.stride_nbytes,
                 residual_head_nbytes=0 if captured is None else captured.block_nbytes(0),
                 tape_nbytes=0 if linked is not None else job.tape_nbytes,

@@ -28,8 +28,9 @@ def plan(
     device_slots: int = 0,
     fraction: float = 0.0,
     spacing: float = 2.0,
+    stores: bool = False,
 ) -> Callable[[Problem, Costs], Choice]:
-    """A planner that always says the same; `spacing` is in windows."""
+    """A planner that always says the same; `spacing` is in windows, and `stores` for blocks that go to disk."""
 
     def told(problem: Problem, costs: Costs) -> Choice:
         steps = problem.steps or 0
@@ -42,7 +43,7 @@ def plan(
             record_fraction=fraction,
             tail=0 if schedule == "residuals" else steps if schedule in ("revolve", "store_all") else 2 * window,
             stall_spacing=None,
-            prediction=NOTHING,
+            prediction=replace(NOTHING, writes=1) if stores else NOTHING,
             device_slots=device_slots,
         )
 
