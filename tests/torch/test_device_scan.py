@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from random_scans import KINDS, attempt, case_of
-from scan_steps import Case, leaf, plain
+from scan_steps import Case, leaf, loss_of, plain
 from simulated import Delay, plan, quickly, simulated, storing_everything, use_plan
 from torch import Tensor
 
@@ -313,3 +314,26 @@ def test_choose_is_left_alone() -> None:
     from longtape import compose
 
     assert compose.choose is choose
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_may_run_in_another_thread_as_autograd_has_it_for_cuda(
+    mode: str, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner, capture, disk = MODES[mode]
+    use_plan(monkeypatch, planner)
+    case, expected = case_of("dropout", STEPS)
+    options: dict[str, Any] = {"memory": MEMORY, "host_memory": MEMORY, "capture": capture}
+    if disk:
+        options["disk"] = scratch
+    found: list[Tensor | None] = []
+    with simulated(drawn(4)):
+        torch.manual_seed(3)
+        carry, ys = scan(case.step, case.init, case.xs, **options)
+        loss = loss_of(carry, ys)
+        thread = threading.Thread(
+            target=lambda: found.extend(torch.autograd.grad(loss, case.wanted(), allow_unused=True))
+        )
+        thread.start()
+        thread.join()
+    assert same(found, expected[-1 - len(case.wanted()) : -1])
