@@ -11,7 +11,7 @@ balances is just met, or 1.  With a device in front, what goes over the link is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, floor
 
 from longtape.plan.binomial import advances, stores
@@ -64,10 +64,11 @@ class Recording:
     stored: bool = True
     """Residuals go to storage; else to memory alone, which then holds all of them."""
 
-    @property
-    def job(self) -> Pace:
-        """The job in windows."""
-        return pace(self.problem, self.costs, self.footprint)
+    job: Pace = field(init=False, repr=False)
+    """The job in windows."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job", pace(self.problem, self.costs, self.footprint))
 
     @property
     def block_nbytes(self) -> int:
