@@ -9,7 +9,8 @@ from math import inf
 from longtape.actions import Key, Kind
 from longtape.plan.asynchronous import Layout, Rules
 from longtape.plan.choose import Choice, choose
-from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
+from longtape.plan.costs import LEAST_TO_PIN, Costs, Device, Problem
+from longtape.plan.nested import alone, least_device_nbytes
 from longtape.plan.predict import can_record, recorded_seconds
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
@@ -38,7 +39,10 @@ class Alternative:
     time_seconds: float
     peak_memory_bytes: int
     fits: bool
-    """Whether it fits the budget; storing everything is listed even where it does not."""
+    """Whether it fits the budget; storing everything is listed even where it does not.
+
+    With a device, that is in the memory of the device.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,13 @@ def foresee(problem: Problem, costs: Costs) -> Foresight:
 
 def _better(problem: Problem, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
     """What the user could give more of."""
+    memory = "memory" if problem.device is None else "host memory"
     found = {
-        f"{words} the memory": (replace(problem, memory_nbytes=times * problem.memory_nbytes), costs)
+        f"{words} the {memory}": (replace(problem, memory_nbytes=times * problem.memory_nbytes), costs)
         for words, times in (("twice", 2), ("four times", 4))
     }
+    if problem.device is not None:
+        found |= _better_device(problem, problem.device, costs)
     if not problem.has_disk:
         speed = dict.fromkeys(("write_bytes_per_second", "read_bytes_per_second"), STORAGE_BYTES_PER_SECOND)
         found["storage at 1 GB/s"] = (replace(problem, has_disk=True), replace(costs, **speed))
@@ -119,13 +126,28 @@ def _better(problem: Problem, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
     return found
 
 
+def _better_device(problem: Problem, device: Device, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
+    found = {}
+    for words, times in (("twice", 2), ("four times", 4)):
+        larger = replace(device, memory_nbytes=times * device.memory_nbytes)
+        found[f"{words} the device memory"] = (replace(problem, device=larger), costs)
+        faster = replace(
+            costs,
+            out_bytes_per_second=times * costs.out_bytes_per_second,
+            in_bytes_per_second=times * costs.in_bytes_per_second,
+        )
+        found[f"a link {words} as fast"] = (problem, faster)
+    return found
+
+
 def _alternatives(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Alternative]:
     for name, other in choice.alternatives:
         yield Alternative(name, other.time_seconds, other.peak_memory_bytes, fits=True)
     if problem.steps is None or "store_all" in {choice.schedule, *(name for name, _ in choice.alternatives)}:
         return
     item = problem.residual_nbytes if costs.record is not None and problem.residual_nbytes else problem.state_nbytes
-    enough = replace(problem, memory_nbytes=problem.state_nbytes + (problem.steps + 1) * item, has_disk=False)
+    within = problem if problem.device is None else alone(problem)
+    enough = replace(within, memory_nbytes=problem.state_nbytes + (problem.steps + 1) * item, has_disk=False)
     everything = choose(enough, costs).prediction
     yield Alternative("store_all", everything.time_seconds, everything.peak_memory_bytes, fits=False)
 
@@ -173,13 +195,21 @@ def replay(foresight: Foresight, rules: Rules | None = None) -> Outcome:
 
 
 def time_against_memory(problem: Problem, costs: Costs, *, points: int = 24) -> list[tuple[str, int, float]]:
-    """(schedule, budget in bytes, predicted seconds) for budgets from the least that would do upwards."""
-    largest = max(problem.memory_nbytes * 8, problem.state_nbytes * 64)
-    ratio = (largest / problem.state_nbytes) ** (1 / (points - 1))
+    """(schedule, budget in bytes, predicted seconds) for budgets from the least that would do upwards.
+
+    With a device it is the device's budget that varies.
+    """
+    device = problem.device
+    least = max(1, problem.state_nbytes if device is None else least_device_nbytes(problem))
+    given = problem.memory_nbytes if device is None else device.memory_nbytes
+    ratio = (max(given * 8, least * 64) / least) ** (1 / (points - 1))
     found: list[tuple[str, int, float]] = []
     for k in range(points):
-        budget = round(problem.state_nbytes * ratio**k)
-        choice = choose(replace(problem, memory_nbytes=budget), costs)
+        budget = round(least * ratio**k)
+        larger = replace(problem, memory_nbytes=budget)
+        if device is not None:
+            larger = replace(problem, device=replace(device, memory_nbytes=budget))
+        choice = choose(larger, costs)
         found += [(choice.schedule, budget, choice.prediction.time_seconds)]
         found += [(name, budget, other.time_seconds) for name, other in choice.alternatives]
     return found

@@ -138,7 +138,12 @@ def timeline(
 
 
 def time_against_memory(
-    candidates: Iterable[Candidate], chosen: Candidate, path: Path, *, ideal_seconds: float | None = None
+    candidates: Iterable[Candidate],
+    chosen: Candidate,
+    path: Path,
+    *,
+    ideal_seconds: float | None = None,
+    memory: str = "memory",
 ) -> None:
     """Draw what each way to run costs in time and memory, and which was chosen.
 
@@ -147,6 +152,7 @@ def time_against_memory(
         chosen: The plan that is run; it need not be among the candidates.
         path: Where to write the picture; the suffix says the format.
         ideal_seconds: Time without any recomputation or waiting, drawn as a floor.
+        memory: What memory it is.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -160,8 +166,8 @@ def time_against_memory(
     palette = [_COLOURS[name] for name in ("replay", "forward", "reverse", "write", "read")]
     for index, (family, members) in enumerate(families.items()):
         members.sort(key=lambda candidate: candidate.memory_nbytes)
-        memory, seconds = [c.memory_nbytes for c in members], [c.seconds for c in members]
-        axes.plot(memory, seconds, "o-", ms=3.5, lw=1.6, color=palette[index % len(palette)], label=family)
+        budgets, seconds = [c.memory_nbytes for c in members], [c.seconds for c in members]
+        axes.plot(budgets, seconds, "o-", ms=3.5, lw=1.6, color=palette[index % len(palette)], label=family)
     if ideal_seconds is not None:
         axes.axhline(ideal_seconds, color=_INK, lw=1, ls=":", label="no recomputation")
     axes.plot([chosen.memory_nbytes], [chosen.seconds], "*", ms=17, color=_COLOURS["wait"], mec="white", label="chosen")
@@ -180,7 +186,7 @@ def time_against_memory(
     # With one or two slots Revolve takes a hundred times longer; that is off the picture, or hides the rest.
     highest = max(max(c.seconds for c in members) for members in families.values()) if families else chosen.seconds
     axes.set_ylim(0, 1.05 * min(highest, 4 * chosen.seconds))
-    axes.set_xlabel("memory for snapshots, residuals and transfers", color=_INK)
+    axes.set_xlabel(f"{memory} for snapshots, residuals and transfers", color=_INK)
     axes.set_ylabel("seconds", color=_INK)
     axes.set_title(f"Time against memory: {chosen.family} was chosen", loc="left", weight="bold", color=_INK)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor=_INK)

@@ -75,6 +75,7 @@ _MOST_REPEATS = 8
 _FEW_STORES = 8
 _SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _RUNS = range(1, 17)
+_FEWER_RUNS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,7 +467,7 @@ def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
         return
     for window in _block_windows(problem, costs):
         for footprint in _block_footprints(problem, costs, window):
-            for run in _RUNS:
+            for run in _RUNS if problem.device is None else _FEWER_RUNS:
                 found = list(_recorded_choices(Recording(problem, costs, footprint, run)))
                 yield from found
                 if [choice.record_fraction for choice in found] == [1.0]:
@@ -476,10 +477,10 @@ def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
 def _with_residuals_in_memory(problem: Problem, costs: Costs) -> Iterator[Choice]:
     """Behind a device: as many windows as its link carries, or as the host's memory holds."""
     for window in _block_windows(problem, costs):
-        for run in _RUNS:
-            shape = nested.footprint(problem, costs, window, 1, 1)
-            if shape is None:
-                break
+        shape = nested.footprint(problem, costs, window, 1, 1)
+        if shape is None:
+            continue
+        for run in _FEWER_RUNS:
             recording = Recording(problem, costs, shape, run, stored=False)
             most = min(recording.memory().largest_fraction(), 1.0 / run)
             for fraction in sorted({most, *(point for point in recording.turning_points() if point < most)}):

@@ -1,10 +1,13 @@
 """The copies that a simulated machine has under way: to storage and back, to a device and back.
 
-Owns when a copy over the link of a device may begin.  A snapshot or block leaves from one
-of a few staging buffers, which is free again when it is in the host's memory.  One item
-comes in ahead of compute: from the moment that an adjoint is taken, the highest one kept
-below it, as soon as it is in the host's memory and a staging buffer is free.  For that is
-what a reverse sweep needs next.
+Owns when a copy over the link of a device may begin.  Whatever leaves or comes goes through a
+few staging buffers on the device.  One that an item leaves from is free again when the item is
+in the host's memory; one that an item came into, when compute has taken it.
+
+What comes in ahead of compute, from the moment that an adjoint is taken, is what a reverse
+sweep needs next: the highest item kept below it, and if that is a block, further blocks above
+the next snapshot; each as soon as it is in the host's memory, and one buffer is left to keep
+things with.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from math import inf
 from typing import TypedDict
 
 from longtape.actions import Key, Kind
+from longtape.plan.costs import BLOCKS_AHEAD
 
 Duration = Callable[[Key], float]
 
@@ -55,25 +59,34 @@ class Channel:
 
 
 class Link:
-    """Both ways between a device and the host's memory."""
+    """Both ways between a device and the host's memory.
+
+    Args:
+        out: Seconds of an item from the device.
+        back: Seconds of an item to the device.
+        buffers: On the device, for items either way.
+    """
 
     def __init__(self, out: Duration, back: Duration, buffers: int) -> None:
         self.out, self.back = Channel(out), Channel(back)
-        self.buffers = buffers
-        """Staging buffers, for each way."""
         self.below: int | None = None
         """Where the adjoint will stand when the next item is wanted; None until one is taken."""
         self.in_use = 0
         """Buffers from which a window is being pulled back."""
+        self._buffers = buffers
         self._leaving: dict[Key, int] = {}
         self._kept: list[tuple[int, bool]] = []
-        self._arrived: Key | None = None
+        self._arrived: list[Key] = []
         self._bytes = {"out": 0, "in": 0}
         self._nbytes: dict[Kind, int] = {}
 
+    def _taken(self) -> int:
+        under_way = len(self.out.queue) + (self.out.current is not None) + (self.back.current is not None)
+        return under_way + len(self._arrived) + self.in_use
+
     def is_full(self) -> bool:
-        """Whether every buffer holds an item that has not left yet."""
-        return len(self.out.queue) + (self.out.current is not None) >= self.buffers
+        """Whether every buffer holds an item on its way."""
+        return self._taken() >= self._buffers
 
     def is_here(self, key: Key) -> bool:
         """Whether the item has left the device, so that it can be written or copied back."""
@@ -91,8 +104,8 @@ class Link:
         index = bisect_left(self._kept, _place(key))
         if index < len(self._kept) and self._kept[index] == _place(key):
             del self._kept[index]
-        if self._arrived == key:
-            self._arrived = None
+        if key in self._arrived:
+            self._arrived.remove(key)
         if key in self.out.queue:
             self.out.queue.remove(key)
             self._left(key)
@@ -100,29 +113,39 @@ class Link:
     def start(self, now: float, is_resident: Callable[[Key], bool]) -> None:
         """Begin what can begin."""
         self.out.start_next(now)
-        if self.below is None or self._arrived is not None or self.back.current is not None:
+        if self.below is None or self.back.current is not None or self._taken() >= self._buffers - 1:
             return
-        index = bisect_left(self._kept, (self.below, False)) - 1
-        if index < 0 or self.in_use >= self.buffers:
-            return
-        step, is_block = self._kept[index]
-        key = Key(Kind.RESIDUALS if is_block else Kind.SNAPSHOT, step)
-        if is_resident(key) and self.is_here(key):
-            self._bring(key, now)
+        for key in self._wanted(self.below):
+            if key not in self._arrived:
+                if is_resident(key) and self.is_here(key):
+                    self._bring(key, now)
+                return
+
+    def _wanted(self, below: int) -> list[Key]:
+        index, found = bisect_left(self._kept, (below, False)), list[Key]()
+        while index and len(found) < BLOCKS_AHEAD:
+            index -= 1
+            step, is_block = self._kept[index]
+            if not is_block:
+                return found or [Key(Kind.SNAPSHOT, step)]
+            found.append(Key(Kind.RESIDUALS, step))
+        return found
 
     def has(self, key: Key) -> bool:
         """Whether the item is on the device again."""
-        return self._arrived == key
+        return key in self._arrived
 
     def ask(self, key: Key, now: float) -> None:
         """Compute waits for this item: it comes next."""
-        self.below = self._arrived = None
-        if self.back.current is None and self.is_here(key):
+        self.below = None
+        self._arrived.clear()
+        if self.back.current is None and self.is_here(key) and not self.is_full():
             self._bring(key, now)
 
-    def take(self) -> None:
-        """Compute has the item that has come."""
-        self._arrived = self.below = None
+    def take(self, key: Key) -> None:
+        """Compute has the item now."""
+        self._arrived.remove(key)
+        self.below = None
 
     def complete(self, channel: Channel, key: Key) -> None:
         """A copy has ended."""
@@ -130,7 +153,7 @@ class Link:
         if channel is self.out:
             self._left(key)
         else:
-            self._arrived = key
+            self._arrived.append(key)
 
     def figures(self) -> LinkFigures:
         """So far."""

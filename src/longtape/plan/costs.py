@@ -71,7 +71,7 @@ class Device:
     """What each further taped step of a window holds there; `residual_nbytes` where the job records."""
 
     staging: int = 4
-    """Items of the largest kind on their way over the link: one half out, the other in."""
+    """Items of the largest kind on their way over the link, out or in: buffers that all kinds share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,9 @@ class Problem:
     device: Device | None = None
     """Where the steps run, if that is not where items are kept; `memory_nbytes` is then the host's, pinned."""
 
+
+BLOCKS_AHEAD = 2
+"""Residual blocks that are copied to a device ahead of the adjoint, if there are no snapshots between them."""
 
 LEAST_TO_PIN = 3
 """Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.

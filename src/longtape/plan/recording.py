@@ -11,11 +11,11 @@ balances is just met, or 1.  With a device in front, what goes over the link is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil, floor
 
 from longtape.plan.binomial import advances, stores
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.costs import BLOCKS_AHEAD, Costs, Problem
 from longtape.plan.predict import Footprint, Pace, Passage, Prediction, pace, recorded_seconds, tally, working_slots
 
 _SAFETY_WINDOWS = 32
@@ -64,10 +64,11 @@ class Recording:
     stored: bool = True
     """Residuals go to storage; else to memory alone, which then holds all of them."""
 
-    @property
-    def job(self) -> Pace:
-        """The job in windows."""
-        return pace(self.problem, self.costs, self.footprint)
+    job: Pace = field(init=False, repr=False)
+    """The job in windows."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "job", pace(self.problem, self.costs, self.footprint))
 
     @property
     def block_nbytes(self) -> int:
@@ -153,13 +154,10 @@ class Recording:
 
     # The link of a device --------------------------------------------------------------------
 
-    @property
-    def ahead(self) -> int:
-        """Items that may follow a block before it must have left the device: all staging buffers but its own."""
-        return 0 if self.problem.device is None else max(0, self.problem.device.staging // 2 - 1)
-
     def gaps(self, fraction: float) -> list[tuple[int, float]]:
         """Plain windows that follow a recorded one, 1/φ - 1 in the mean, and how many windows each length follows."""
+        if fraction <= 0.0:
+            return []
         recorded = fraction * self.job.windows
         mean = 1.0 / fraction - 1.0
         below = floor(mean + _ROUNDING)
@@ -169,44 +167,68 @@ class Recording:
         """Snapshots that plain windows start from: ⌈g/k⌉ in a gap of g."""
         return sum(count * ceil(gap / self.run) for gap, count in self.gaps(fraction)) if fraction else self.job.windows
 
-    def link_forward(self, fraction: float) -> float:
-        """Seconds for which the forward sweep waits for the link.
-
-        A block hides behind what follows it until its buffer is wanted again: behind
-        h·record where the next window is recorded too; behind t_F for each plain one, up to
-        the second snapshot.  A snapshot hides behind t_F.
-        """
-        job, block = self.job, self.costs.out_seconds(self.block_nbytes)
-        if self.problem.device is None:
-            return 0.0
+    def link_out(self) -> Loads:
+        """Time to spare for the copies out of the device: n·(t_F or h·record) - copies."""
+        job, block, snapshots = self.job, self.costs.out_seconds(self.block_nbytes), self.snapshots()
         record = job.steps * (self.costs.record or 0.0)
-        waited = (1.0 - fraction) * job.windows / self.run * max(0.0, job.out - job.advance)
-        for gap, count in self.gaps(fraction) if fraction else ():
-            hidden = min(self.ahead * self.run, gap) * job.advance if gap else min(self.ahead, 1) * record
-            waited += count * max(0.0, block - hidden)
-        return waited
+        return Loads(
+            none=job.windows * (job.advance - snapshots.none * job.out),
+            all=job.windows * (record - block - snapshots.all * job.out),
+        )
+
+    def link_forward(self, fraction: float) -> float:
+        """Seconds for which the forward sweep waits for the link: what `link_out` lacks, or for want of buffers.
+
+        A block must have left when as many items have followed it as there are other buffers.
+        If these are snapshots, it hides behind k·t_F for each; if the next is a block again,
+        behind the gap.
+        """
+        device, job, block = self.problem.device, self.job, self.costs.out_seconds(self.block_nbytes)
+        if device is None:
+            return 0.0
+        others, waited = device.staging - 1, 0.0
+        for gap, count in self.gaps(fraction):
+            if ceil(gap / self.run) >= others:
+                waited += count * max(0.0, block - min(others * self.run, gap) * job.advance)
+            elif others == 1:
+                waited += count * max(0.0, block - job.steps * (self.costs.record or 0.0))
+        sparse = (1.0 - fraction) * job.windows / self.run * max(0.0, job.out - self.run * job.advance)
+        return max(waited, sparse, -self.link_out().spare(fraction))
 
     def link_reverse(self, fraction: float) -> float:
         """Seconds for which the reverse sweep waits for the link.
 
-        A snapshot that a run keeps on the way hides behind t_F.  Coming back, an item hides
-        behind the adjoint before it, as the next one is copied in as soon as one has been
-        taken: behind h·pull_back if that was a recorded window, else behind t_B.  The first one
-        hides behind nothing.
+        A snapshot that a run keeps on the way hides behind t_F.  Of m = φ/(1-φ) recorded
+        windows in a row (one, where φ ≤ 1/2), the blocks come while the adjoint of the plain
+        window above them is taken, two at most, and behind h·pull_back each: they lack
+        m·t_in - min(t_B, 2·t_in) - (m-1)·h·pull_back.  The snapshot below them hides behind
+        h·pull_back, that below a plain window behind t_B; what comes first, behind nothing.
         """
-        job, block = self.job, self.costs.in_seconds(self.block_nbytes)
-        if self.problem.device is None:
+        device, job, block = self.problem.device, self.job, self.costs.in_seconds(self.block_nbytes)
+        if device is None:
             return 0.0
-        pull_back = job.steps * (self.costs.pull_back or 0.0) * min(self.ahead, 1)
+        # With two buffers, one is in use, and the other is left for what is kept.
+        pull_back = self._pull_back_hides()
         recorded, plain = fraction * job.windows, (1.0 - fraction) * job.windows
-        changes = min(recorded, plain)
+        rows = min(recorded, plain)
+        row = recorded / rows if rows else 0.0
+        lacks = row * block - min(job.adjoint, self._ahead() * block) - (row - 1.0) * pull_back
+        waited = rows * max(0.0, lacks, block - job.adjoint) if rows else recorded * max(0.0, block - pull_back)
         return (
-            (recorded - changes) * max(0.0, block - pull_back)
-            + changes * (max(0.0, block - job.adjoint) + max(0.0, job.back - pull_back))
-            + (plain - changes) * max(0.0, job.back - job.adjoint)
+            waited
+            + rows * max(0.0, job.back - pull_back)
+            + (plain - rows) * max(0.0, job.back - job.adjoint)
             + (block if fraction > 0.5 else job.back)
             + self._kept_by_runs(fraction) * max(0.0, job.out - job.advance)
         )
+
+    def _ahead(self) -> int:
+        device = self.problem.device
+        return min(BLOCKS_AHEAD, device.staging - 1) if device else 0
+
+    def _pull_back_hides(self) -> float:
+        device = self.problem.device
+        return self.job.steps * (self.costs.pull_back or 0.0) if device and device.staging > 2 else 0.0
 
     def _kept_by_runs(self, fraction: float) -> float:
         """Snapshots that plain runs keep besides the one they start from."""
@@ -214,11 +236,19 @@ class Recording:
         return kept * (1.0 - fraction) * self.job.windows / self.run
 
     def turning_points(self) -> set[float]:
-        """The fractions between which the time that the link takes is linear in φ: gaps of whole windows."""
-        if self.problem.device is None:
+        """The fractions between which the time that the link takes is linear in φ."""
+        device, job = self.problem.device, self.job
+        if device is None:
             return set()
-        gap = ceil(self.costs.out_seconds(self.block_nbytes) / self.job.advance - _ROUNDING)
-        return {1.0 / (1.0 + g) for g in {0, 1, gap - 1, gap, self.ahead * self.run} if g >= 0}
+        out, back = self.costs.out_seconds(self.block_nbytes), self.costs.in_seconds(self.block_nbytes)
+        others = (device.staging - 1) * self.run
+        gaps = {1, others, others + 1, ceil(min(out / job.advance, 1e9) - _ROUNDING)}
+        points = {0.5, self.link_out().largest_fraction(), *(1.0 / (1.0 + gap) for gap in gaps if gap >= 0)}
+        pull_back = self._pull_back_hides()
+        if back > pull_back:
+            row = (min(job.adjoint, self._ahead() * back) - pull_back) / (back - pull_back)
+            points.add(row / (1.0 + row) if row > 1.0 else 0.5)
+        return points
 
     def passage(self, fraction: float) -> Passage:
         """Snapshots over the link: those stored, those that runs keep besides, and one in for each plain window."""

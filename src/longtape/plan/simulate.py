@@ -81,7 +81,7 @@ class Speeds:
     """Seconds of an item over the link of a device to memory; None: the steps run where items are kept."""
     copy_in: Duration | None = None
     staging: int = 4
-    """Buffers on the device for items on their way, one half for each way."""
+    """Buffers on the device for items on their way, out or in."""
     device_slots: int = 0
     """Snapshots by which Revolve reverses a window there, which then takes t(h, s₁) more steps; 0: none."""
 
@@ -102,7 +102,7 @@ class _Machine:
         self.writer, self.reader = Channel(speeds.write), Channel(speeds.read)
         self.link: Link | None = None
         if speeds.copy_out is not None and speeds.copy_in is not None:
-            self.link = Link(speeds.copy_out, speeds.copy_in, speeds.staging // 2)
+            self.link = Link(speeds.copy_out, speeds.copy_in, speeds.staging)
         self.channels = [self.writer, self.reader, *([self.link.out, self.link.back] if self.link else [])]
         self.work: int | None = 0
         self.adjoint = steps
@@ -165,7 +165,7 @@ class _Machine:
         while not link.has(key):
             link.ask(key, self.now)
             self.pass_time(link.back.ends if link.back.current else link.out.ends)
-        link.take()
+        link.take(key)
         self.link_stalls += self.now - began
 
     def look_down(self, adjoint: int) -> None:
