@@ -301,7 +301,9 @@ def test_unknown_length(with_disk):
 def test_too_little_memory_says_the_least_of_both():
     costs = link(STEP, 1e9)
     for here, host in ((3999, 1000), (4000, 999), (1, 1)):
-        with pytest.raises(BudgetError, match=r"least that would do is 4000 bytes on the device.* 1000 bytes in the host"):
+        with pytest.raises(
+            BudgetError, match=r"least that would do is 4000 bytes on the device.* 1000 bytes in the host"
+        ):
             choose(Problem(1000, 1000, host, device=Device(here)), costs)
     assert choose(Problem(1000, 1000, 1000, device=Device(4000)), costs).slots >= 1
     assert choose(Problem(3, 1000, 0, device=Device(3000)), costs).on_device
