@@ -11,7 +11,7 @@ from longtape.plan.asynchronous import Layout, Rules
 from longtape.plan.choose import Choice, choose
 from longtape.plan.costs import LEAST_TO_PIN, Costs, Device, Problem
 from longtape.plan.nested import alone, least_device_nbytes
-from longtape.plan.predict import can_record, recorded_seconds
+from longtape.plan.predict import Prediction, can_record, recorded_seconds
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
 
@@ -143,13 +143,19 @@ def _better_device(problem: Problem, device: Device, costs: Costs) -> dict[str, 
 def _alternatives(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Alternative]:
     for name, other in choice.alternatives:
         yield Alternative(name, other.time_seconds, other.peak_memory_bytes, fits=True)
-    if problem.steps is None or "store_all" in {choice.schedule, *(name for name, _ in choice.alternatives)}:
+    found = ((choice.schedule, choice.prediction), *choice.alternatives)
+    # Behind a device, all windows may be kept and their steps run again for all that.
+    if problem.steps is None or any(name == "store_all" and _is_ideal(problem, kept) for name, kept in found):
         return
     item = problem.residual_nbytes if costs.record is not None and problem.residual_nbytes else problem.state_nbytes
     within = problem if problem.device is None else alone(problem)
     enough = replace(within, memory_nbytes=problem.state_nbytes + (problem.steps + 1) * item, has_disk=False)
     everything = choose(enough, costs).prediction
     yield Alternative("store_all", everything.time_seconds, everything.peak_memory_bytes, fits=False)
+
+
+def _is_ideal(problem: Problem, prediction: Prediction) -> bool:
+    return problem.device is None or prediction.overhead < 1.01
 
 
 def replay(foresight: Foresight, rules: Rules | None = None) -> Outcome:

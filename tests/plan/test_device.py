@@ -6,7 +6,7 @@ from math import ceil, inf
 from time import perf_counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from plan.test_choose import MIB, RECORDED, STEP, disk, problems
 
@@ -34,13 +34,13 @@ def device_job(steps, inner, slots, *, copy=1.0, back=None, **more):
     return problem, link(Costs(1.0, 2.0), STATE / copy, STATE / (copy if back is None else back))
 
 
-def recording_job(steps, copy, *, slots=4, blocks=3, staging=4, back=None, **more):
+def recording_job(steps, copy, *, staging=4, back=None):
     """Blocks of one step that take `copy` seconds over the link, and are recorded in 1.25 s."""
     device = Device(10**9, 4 * STATE, staging)
-    problem = Problem(steps, STATE, 10**9, residual_nbytes=4 * STATE, device=device, **more)
+    problem = Problem(steps, STATE, 10**9, residual_nbytes=4 * STATE, device=device)
     costs = Costs(1.0, 2.0, record=1.25, pull_back=1.0)
     back = copy if back is None else back
-    return problem, link(costs, 4 * STATE / copy, 4 * STATE / back), Footprint(1, slots, blocks)
+    return problem, link(costs, 4 * STATE / copy, 4 * STATE / back), Footprint(1, 4, 3)
 
 
 # Sizes
@@ -137,13 +137,13 @@ def test_a_window_is_a_step_to_what_is_behind():
 
 
 def test_a_link_that_carries_every_window_recomputes_nothing():
-    problem, costs, footprint = recording_job(1000, copy=1.0, disk_nbytes=None)
+    problem, costs, footprint = recording_job(1000, copy=1.0)
     recording = Recording(problem, costs, footprint, stored=False)
     assert recording.link_forward(1.0) == 0.0
     assert recording.link_reverse(1.0) == 1.0  # the first block
     prediction = predict_residuals(recording, 1.0)
     assert prediction.time_seconds == pytest.approx(1000 * 2.25 + 1.0)
-    assert prediction.bytes_out == prediction.bytes_in == 1000 * 4 * STATE + (STATE if prediction.bytes_out else 0) * 0
+    assert prediction.bytes_out == prediction.bytes_in == 1000 * 4 * STATE
     assert (prediction.writes, prediction.bytes_written, prediction.advances) == (0, 0, 0)
 
 
@@ -153,22 +153,62 @@ def test_recorded_windows_are_bound_by_the_slower_of_compute_and_link():
     prediction = predict_residuals(Recording(problem, costs, footprint, stored=False), 1.0)
     assert prediction.time_seconds == pytest.approx(1000 * (1.5 + 1.75) + 1.75)
     assert prediction.link_stall_seconds == pytest.approx(1000 * (0.25 + 0.75) + 1.75)
-    alone = replace(problem, device=replace(problem.device, staging=2))
-    prediction = predict_residuals(Recording(alone, costs, footprint, stored=False), 1.0)
-    assert prediction.time_seconds == pytest.approx(1000 * (2.25 + 1.5 + 1.75) + 1.75)  # nothing overlaps
+    few = replace(problem, device=replace(problem.device, staging=2))
+    prediction = predict_residuals(Recording(few, costs, footprint, stored=False), 1.0)
+    assert prediction.time_seconds == pytest.approx(1000 * (1.5 + 1.0 + 1.75) + 1.75)  # none comes ahead
 
 
-def test_a_block_hides_behind_the_plain_windows_around_it():
+def test_plain_windows_give_the_link_time_for_blocks():
+    """With enough buffers, it is only the sum that has to fit."""
     problem, costs, footprint = recording_job(1200, copy=2.5)
-    every_third = Recording(problem, costs, footprint, run=2)
-    assert every_third.gaps(1 / 3) == [(2, pytest.approx(400.0)), (3, 0.0)]
-    assert every_third.link_forward(1 / 3) == pytest.approx(400 * (2.5 - 2.0))
-    assert replace(every_third, run=1).link_forward(1 / 3) == pytest.approx(400 * (2.5 - 1.0))  # its snapshot waits
-    assert every_third.link_reverse(1 / 3) == pytest.approx(400 * (2.5 - 2.0) + 2.5 / 4)
-    assert every_third.link_forward(0.25) == pytest.approx(300 * (2.5 - 2.0))
-    half = [every_third.link_forward(fraction) for fraction in (0.4, 0.45, 0.5)]
-    assert half[1] == pytest.approx((half[0] + half[2]) / 2)
-    assert 1 / 3 in every_third.turning_points()
+    recording = Recording(problem, costs, footprint, run=2, stored=False)
+    loads = recording.link_out()
+    assert (loads.none, loads.all) == (pytest.approx(1200 * (1 - 0.625 / 2)), pytest.approx(1200 * (1.25 - 2.5)))
+    carried = loads.largest_fraction()
+    assert 1 / 3 < carried < 0.5
+    assert recording.link_forward(carried) == pytest.approx(0.0, abs=1e-9)
+    assert loads.spare(0.5) < 0.0
+    assert recording.link_forward(0.5) == pytest.approx(-loads.spare(0.5))
+    assert carried in recording.turning_points()
+
+
+def test_few_buffers_make_a_block_hide_behind_what_follows_it():
+    problem, costs, footprint = recording_job(1200, copy=2.5, staging=2)
+    recording = Recording(problem, costs, footprint, run=2, stored=False)
+    assert recording.gaps(1 / 3) == [(2, pytest.approx(400.0)), (3, 0.0)]
+    assert recording.link_forward(1 / 3) == pytest.approx(400 * (2.5 - 2.0))
+    assert recording.link_forward(0.25) == pytest.approx(300 * (2.5 - 2.0))  # the second snapshot wants the buffer
+    assert replace(recording, run=1).link_forward(1 / 3) == pytest.approx(400 * (2.5 - 1.0))
+    assert recording.link_forward(1.0) == pytest.approx(1200 * (2.5 - 1.25))
+    three = replace(recording, problem=replace(problem, device=replace(problem.device, staging=3)), run=1)
+    assert three.link_forward(0.25) == pytest.approx(300 * (2.5 - 2.0))  # behind two snapshots, not behind three
+
+
+def test_blocks_come_back_behind_the_adjoint_above_them():
+    problem, costs, footprint = recording_job(1200, copy=1.0, back=2.5)
+    recording = Recording(problem, costs, footprint, stored=False)
+    assert recording.link_reverse(0.25) == pytest.approx(300 * (2.5 - 2.0) + 0.625)
+    # Of three in a row the first one has 2 s, the others 1 s more.
+    assert recording.link_reverse(0.75) == pytest.approx(300 * (3 * 2.5 - 2.0 - 2 * 1.0) + 2.5)
+    quick = recording_job(1200, copy=1.0, back=1.2)
+    recording = Recording(*quick, stored=False)
+    assert recording.link_reverse(0.5) == pytest.approx(0.3)
+    assert recording.link_reverse(0.75) == pytest.approx(300 * max(0.0, 3 * 1.2 - 2.0 - 2.0) + 1.2)
+    row = (2.0 - 1.0) / 0.2  # as many in a row are hidden
+    assert recording.link_reverse(row / (1 + row)) == pytest.approx(1.2)
+    assert any(point == pytest.approx(row / (1 + row)) for point in recording.turning_points())
+    assert recording.link_reverse(0.95) == pytest.approx(60 * (19 * 1.2 - 2.0 - 18.0) + 1.2)
+
+
+def test_memory_behind_a_device_holds_what_is_recorded_and_where_plain_runs_start():
+    problem, costs, footprint = recording_job(1200, copy=1.0)
+    for memory in (900 * 4 * STATE, 400 * 4 * STATE):
+        recording = Recording(replace(problem, memory_nbytes=memory), costs, footprint, stored=False)
+        fraction = recording.memory().largest_fraction()
+        assert 1200 * STATE * (4 * fraction + 1 - fraction) == pytest.approx(memory, rel=0.002)
+        held = recording.holding(0.99 * fraction)
+        assert 0.97 * memory < held.footprint.nbytes(held.problem) <= memory
+        assert recording.holding(min(1.0, 1.02 * fraction)) is None
 
 
 # The choice
@@ -191,6 +231,7 @@ def device_problems(draw):
     return replace(problem, device=device), costs
 
 
+@settings(max_examples=60)
 @given(device_problems())
 def test_neither_memory_is_exceeded(asked):
     problem, costs = asked
@@ -211,6 +252,7 @@ def test_neither_memory_is_exceeded(asked):
         assert choice.prediction.peak_disk_bytes <= problem.disk_nbytes
 
 
+@settings(max_examples=60)
 @given(device_problems())
 def test_never_predicted_worse_than_without_the_host(asked):
     problem, costs = asked
@@ -218,6 +260,7 @@ def test_never_predicted_worse_than_without_the_host(asked):
     assert choose(problem, costs).prediction.time_seconds <= alone.time_seconds * (1 + 1e-6)
 
 
+@settings(max_examples=25)
 @given(device_problems())
 def test_a_plan_is_laid_out(asked):
     problem, costs = asked
@@ -264,10 +307,7 @@ def test_a_link_that_carries_residuals_takes_them_all():
 def test_a_faster_link_is_never_worse(with_disk):
     memory = (2_000 if with_disk else 50_000) * MIB
     problem = Problem(10_000, MIB, memory, with_disk, residual_nbytes=4 * MIB, device=Device(100 * MIB, 4 * MIB))
-    times = [
-        choose(problem, disk(link(RECORDED, 2.0**e * 1e7), 1e10)).prediction.time_seconds
-        for e in [k / 2 for k in range(22)]
-    ]
+    times = [choose(problem, disk(link(RECORDED, 2.0**e * 1e7), 1e10)).prediction.time_seconds for e in range(11)]
     assert all(later <= earlier * 1.001 for earlier, later in pairwise(times))
     assert times[-1] < 0.75 * times[0]
     assert times[-1] == pytest.approx(10_000 * recorded_seconds(RECORDED), rel=0.01)
@@ -278,7 +318,7 @@ def test_a_part_of_the_windows_is_recorded_where_the_link_carries_no_more():
     choice = choose(problem, link(RECORDED, MIB / 1.9e-3))
     assert choice.schedule == "residuals"
     assert not choice.uses_disk
-    assert 0.2 < choice.record_fraction < 0.8
+    assert 0.4 < choice.record_fraction < 0.6
     whole = choose(problem, link(RECORDED, MIB / 1e-3)).prediction.time_seconds
     none = choose(problem, link(RECORDED, MIB / 1e-1)).prediction.time_seconds
     assert 1.03 * whole < choice.prediction.time_seconds < none / 1.03
@@ -346,7 +386,7 @@ def test_quick(steps, records):
         began = perf_counter()
         choose(problem, costs)
         times.append(perf_counter() - began)
-    assert min(times) < 0.3
+    assert min(times) < 0.2
 
 
 def test_what_would_be_better_names_each_memory_and_the_link():

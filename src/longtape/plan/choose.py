@@ -75,6 +75,8 @@ _MOST_REPEATS = 8
 _FEW_STORES = 8
 _SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _RUNS = range(1, 17)
+_LEAST_BLOCKS_BEHIND = 6
+"""Blocks in the host's memory behind a device: they are longer on their way, over the link and to storage."""
 _FEWER_RUNS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -529,7 +531,8 @@ def _block_footprints(problem: Problem, costs: Costs, window: int) -> Iterator[F
         blocks = min(most, (problem.memory_nbytes - slots * problem.state_nbytes) // block)
         if blocks < 2:
             return
-        for taken in dict.fromkeys((min(blocks, ENOUGH_BLOCKS), blocks, min(blocks, max(3, slots - 2)))):
+        few = 3 if problem.device is None else _LEAST_BLOCKS_BEHIND
+        for taken in dict.fromkeys((min(blocks, ENOUGH_BLOCKS), blocks, min(blocks, max(few, slots - 2)))):
             if problem.device is None:
                 yield Footprint(window, slots, taken)
             elif found := nested.footprint(problem, costs, window, slots, taken):
@@ -549,6 +552,7 @@ def _recorded_choices(recording: Recording) -> Iterator[Choice]:
     for fraction in sorted({most, min(most, recording.reverse().largest_fraction())} | points):
         fits = forward.spare(fraction) >= -_ROUNDING_SECONDS and disk.spare(fraction) >= -1.0
         enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
+        enough &= recording.problem.device is None or footprint.blocks >= _LEAST_BLOCKS_BEHIND
         if fits and enough:
             choice = _within_disk(recording, fraction)
             if choice is not None and choice.record_fraction > 0.0:
