@@ -548,7 +548,7 @@ class Run:
     def _tape_nbytes(self) -> int:
         """What a window's tape takes of the memory that items are kept in."""
         choice, limits = self.choice, self._limits
-        if choice.blocks or (limits is not None and not choice.on_device):
+        if choice.blocks or self._is_linked:
             return 0
         return (choice.window - 1) * (self._traits.tape_nbytes if limits is None else limits.tape_nbytes)
 
@@ -783,7 +783,7 @@ class Run:
             return None
         found, prediction = self._accelerator.usage(), self.choice.prediction
         links = tuple(replace(link, overlap_fraction=self._trace.link_overlap(link.direction)) for link in found.links)
-        if self._limits is None or self.choice.on_device:
+        if self._limits is None or not self._is_linked:
             budget, predicted = self.memory_nbytes, prediction.peak_memory_bytes
         else:
             budget, predicted = self._limits.memory_nbytes, prediction.peak_device_bytes
@@ -800,8 +800,8 @@ class Run:
         trace, steps = self._trace, self._stock.steps or 0
         if self._keeper is not None and self._keeper.resumed_from is not None:
             return None
-        if self._transcript is not None or self._limits is not None:
-            return None  # the event model runs Longtape's own plan, and knows of no link
+        if self._transcript is not None:
+            return None  # the event model runs Longtape's own plan
         if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
             return None
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
@@ -816,10 +816,9 @@ class Run:
         # The model counts items, and which of them are blocks is known only of the run.
         mean_written = measured.bytes_written / max(1, sum(moved.count for moved in self._mover.written.values()))
         mean_read = measured.bytes_read / max(1, sum(moved.count for moved in self._mover.fetched.values()))
-        tapes = 0 if self.choice.blocks else (self.choice.window - 1) * self._traits.tape_nbytes
         return Quantities(
             seconds=outcome.seconds,
-            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + tapes,
+            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + self._tape_nbytes(),
             peak_disk_bytes=measured.peak_disk_bytes if self.choice.blocks else outcome.peak_stored * state,
             bytes_written=round(outcome.writes * mean_written),
             bytes_read=round(outcome.reads * mean_read),
@@ -830,7 +829,9 @@ class Run:
     def _seen_speeds(self, steps: int) -> Speeds:
         """Mean seconds of this run; where something did not happen, what was expected of it."""
         trace, costs, mover = self._trace, self.costs, self._mover
-        run = trace.steps_forward + trace.steps_replayed + (trace.steps_retaped if self.choice.blocks else 0)
+        run = trace.steps_forward + trace.steps_replayed
+        if self.choice.blocks and not self._is_linked:
+            run += trace.steps_retaped  # recorded, where on a device they are part of a window's adjoint
         forward = (trace.seconds("forward") + trace.seconds("replay")) / max(1, run)
         reverse = trace.seconds("reverse") / steps
 
@@ -844,6 +845,7 @@ class Run:
             return lambda key: found[key.kind]
 
         return Speeds(
+            **self._seen_link(),
             forward=forward,
             reverse=reverse,
             write=mean(mover.written, costs.write_seconds),
@@ -851,6 +853,25 @@ class Run:
             record=forward if self.choice.blocks else None,
             pull_back=reverse if self.choice.blocks else None,
         )
+
+    @property
+    def _is_linked(self) -> bool:
+        """Whether items are kept behind a device, and not on it."""
+        return self._limits is not None and not self.choice.on_device
+
+    def _seen_link(self) -> dict[str, Any]:
+        """What the link of a device took in this run; nothing without one."""
+        if not self._is_linked or self._accelerator is None or self._limits is None:
+            return {}
+        sizes = {Kind.SNAPSHOT: self._item_nbytes(self._traits.state_nbytes)}
+        sizes[Kind.RESIDUALS] = self._block_nbytes(self.choice)
+        pace = {"out": 1.0 / self.costs.out_bytes_per_second, "in": 1.0 / self.costs.in_bytes_per_second}
+        pace |= {way.direction: way.seconds / way.nbytes for way in self._accelerator.usage().links if way.nbytes}
+        return {
+            "copy_out": lambda key: pace["out"] * sizes[key.kind],
+            "copy_in": lambda key: pace["in"] * sizes[key.kind],
+            "staging": self._limits.staging,
+        }
 
     def _tier_notes(self) -> tuple[str, ...]:
         reason = getattr(self._tier, "fallback_reason", None)
@@ -954,4 +975,10 @@ def describe(choice: Choice) -> str:
         parts.append(f"one stored every {choice.spacing:.1f} steps")
     if choice.record_fraction:
         parts.append(f"{choice.record_fraction:.0%} of the steps recorded")
+    if choice.on_device:
+        parts.append("all on the device")
+    elif choice.device_slots:
+        parts.append(
+            f"windows of {choice.window:,} steps reversed on the device with {choice.device_slots:,} snapshots"
+        )
     return ", ".join(parts)

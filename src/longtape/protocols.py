@@ -232,7 +232,10 @@ class Tier(Protocol):
 
 
 class Observer(Protocol):
-    """Watches a run.  The engine calls it after each action; it must return quickly and change nothing."""
+    """Watches a run.  The engine calls it after each action; it must return quickly and change nothing.
+
+    Where steps run on a device, that is some actions later, when it is known when an action ended; in order.
+    """
 
     def on_action(self, action: Action, began: float, ended: float) -> None:
         """An action ran from `began` to `ended` (seconds on the engine's clock)."""

@@ -17,9 +17,6 @@ from longtape.protocols import Device, Event
 MOST_AHEAD = 8
 """Actions that may have been asked of a device and not be done yet."""
 
-_NEW_BEARINGS_SECONDS = 10.0
-"""Events measure times in single precision: they are taken from a point not much longer ago than this."""
-
 Tell = Callable[[float, float], None]
 
 
@@ -36,13 +33,14 @@ class Timeline:
         base.wait()
         self._base, self._at = base, self._clock()
 
-    def at(self, event: Event) -> float:
-        """When an event was that is over."""
-        seconds = self._device.seconds(self._base, event)
-        if seconds > _NEW_BEARINGS_SECONDS:
-            self._base, self._at = event, self._at + seconds
-            return self._at
-        return self._at + seconds
+    def span(self, began: Event, ended: Event) -> tuple[float, float]:
+        """When two events were that are over.
+
+        A device tells times between events in single precision: how long something took is asked for by
+        itself, and is exact however long the sweep.
+        """
+        start = self._at + self._device.seconds(self._base, began)
+        return start, start + self._device.seconds(began, ended)
 
 
 class Notes:
@@ -80,7 +78,7 @@ class Notes:
 
     def _tell_first(self) -> None:
         began, ended, tell = self._waiting.popleft()
-        tell(self._timeline.at(began), self._timeline.at(ended))
+        tell(*self._timeline.span(began, ended))
 
 
 class EventMeter:
