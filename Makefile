@@ -2,6 +2,7 @@
 # make demo-jax  the same in JAX: finds the source of a tsunami from tide gauges
 # make test    every check: lint, format, types, import layers, tests
 # make bench   the measured figures of the README (long; needs a quiet machine)
+# make bench-gpu  the figures of a CUDA device, on a machine that has one (docs/gpu.md)
 # Each needs only Python 3.11 or newer with pip, and make.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 BENCH_STAMP := .venv/installed-bench
 
-.PHONY: help venv demo demo-jax test lint types layers pytest format bench clean
+.PHONY: help venv demo demo-jax test lint types layers pytest format bench bench-gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -62,6 +63,13 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.jax_scan
 	$(BIN)/python -m benchmarks.timeline
 	$(BIN)/python -m benchmarks.figures
+
+bench-gpu: venv
+	$(BIN)/python -m benchmarks.gpu
+	if command -v compute-sanitizer; then \
+	    compute-sanitizer --tool memcheck --error-exitcode 1 \
+	        $(BIN)/python -m benchmarks.gpu --quick --only bits delays --dry; \
+	fi
 
 clean:
 	rm -rf .venv build src/longtape.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

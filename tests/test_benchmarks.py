@@ -143,3 +143,27 @@ def test_memory_grows_by_less_than_64_bytes_a_step(tmp_path: Path) -> None:
     slack = 512 * 1024 / 16_000  # pages, and the trace before it is full
     for way, grown in json.loads(done.stdout).items():
         assert grown < 64 + slack, f"{way} keeps {grown:.0f} bytes a step"
+
+
+class TestGpu:
+    """The program of the promises on a device, tried on a simulated one."""
+
+    def test_it_runs_on_a_simulated_device(self) -> None:
+        torch = pytest.importorskip("torch")
+        from benchmarks import gpu
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        document = gpu.main(["--simulated", "--quick", "--only", "delays", "--runs", "4"])
+        torch.set_num_threads(threads)
+        assert document["device"] == "a simulated device"
+        assert len(document["kept"]) == 1
+        assert all(document["kept"].values())
+
+    def test_without_a_device_it_says_what_to_do(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch = pytest.importorskip("torch")
+        from benchmarks import gpu
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SystemExit, match="needs a CUDA device.*make bench-gpu.*--simulated --quick"):
+            gpu.main([])

@@ -12,7 +12,7 @@ import pytest
 from models import Chaotic
 
 import longtape
-from longtape.chrome import _nested, write_chrome_trace
+from longtape.chrome import _nested, events, write_chrome_trace
 
 STATE = 8 * 20_000 + 64
 
@@ -87,3 +87,15 @@ def test_a_compressed_file(sweep: longtape.Sweep, tmp_path: Path) -> None:
 def test_overlapping_spans_give_way() -> None:
     spans = [("a", 0.0, 10.0), ("b", 2.0, 3.0), ("c", 9.0, 12.0), ("d", 11.0, 13.0)]
     assert list(_nested(spans)) == [("a", 0.0, 10.0), ("b", 2.0, 3.0), ("c", 10.0, 12.0), ("d", 12.0, 13.0)]
+
+
+def test_a_device_has_lanes_for_its_link(sweep: longtape.Sweep) -> None:
+    class OnDevice:
+        turned_at = 1.0
+        levels = ()
+        spans = (("copy", 0.0, 2.0), ("idle", 0.5, 1.0), ("out", 0.0, 0.5), ("in", 0.5, 1.0))
+
+    found = list(events(OnDevice()))
+    names = [event["args"]["name"] for event in found if event["name"] == "thread_name"]
+    assert names == ["compute", "writes", "reads", "link out", "link in"]
+    assert {event["cat"] for event in found if event["ph"] == "X"} == {"copy", "idle", "out", "in"}

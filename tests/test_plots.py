@@ -130,3 +130,12 @@ def test_a_short_peak_survives_the_columns() -> None:
     assert high.max() == 9.0
     assert np.sort(high)[-2] == 1.0
     assert low[1:].min() == 1.0
+
+
+def test_a_device_has_lanes_for_its_link(tmp_path: Path) -> None:
+    trace = FakeTrace(4)
+    plots.timeline(trace, tmp_path / "without.svg")
+    trace.spans += [("out", 0.1, 0.4), ("in", 5.0, 5.2), ("idle", 5.0, 5.1)]
+    plots.timeline(trace, tmp_path / "with.svg")
+    assert "link out" in (tmp_path / "with.svg").read_text()
+    assert "link out" not in (tmp_path / "without.svg").read_text()

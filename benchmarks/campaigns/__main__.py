@@ -23,6 +23,7 @@ CAMPAIGNS = {
     "disk": ("full", "disk", 150),
     "races": ("races", "races", 10_000),
     "limit": ("limit", "limit", 2),
+    "device": ("device", "device", 1000),
 }
 """By name: module, function and the usual count."""
 

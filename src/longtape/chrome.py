@@ -26,10 +26,16 @@ _LANES = {
         "reverse": "adjoint step",
         "copy": "copy",
         "wait": "wait",
+        "idle": "stands still for a copy",
     },
     "writes": {"write": "write"},
     "reads": {"read": "read"},
+    "link out": {"out": "copy out of the device"},
+    "link in": {"in": "copy into the device"},
 }
+_OF_DEVICES = ("link out", "link in")
+"""Lanes that are there where anything is in them."""
+
 _COLOURS = {"forward": "good", "replay": "bad", "reverse": "rail_load", "copy": "grey", "wait": "terrible"}
 """Names that the format reserves; viewers that do not know them choose for themselves."""
 
@@ -75,6 +81,8 @@ def events(trace: Happened) -> Iterator[dict[str, Any]]:
     yield {"ph": "M", "pid": _PROCESS, "name": "process_name", "args": {"name": "longtape"}}
     spans = list(trace.spans)
     for lane, (name, activities) in enumerate(_LANES.items(), start=1):
+        if name in _OF_DEVICES and not any(span[0] in activities for span in spans):
+            continue
         yield {"ph": "M", "pid": _PROCESS, "tid": lane, "name": "thread_name", "args": {"name": name}}
         yield {"ph": "M", "pid": _PROCESS, "tid": lane, "name": "thread_sort_index", "args": {"sort_index": lane}}
         for activity, began, ended in _nested(span for span in spans if span[0] in activities):

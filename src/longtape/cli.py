@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import inf
 from typing import Any
 
@@ -19,7 +19,8 @@ from longtape.durable.home import Leftover, leftovers, remove_leftover
 from longtape.durable.points import Point, apply_header, read_begin
 from longtape.errors import LongtapeError, UsageError
 from longtape.foresee import Foresight, foresee, replay, time_against_memory
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.choose import Choice
+from longtape.plan.costs import Costs, Device, Problem
 from longtape.plan.simulate import Outcome
 from longtape.probe import Probe, probe
 from longtape.sizes import format_bytes, format_seconds, parse_bytes
@@ -53,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     asked.add_argument("--forward", type=float, required=True, help="seconds of one step")
     asked.add_argument("--reverse", type=float, help="seconds of one adjoint step without its taped re-run")
     asked.add_argument("--tape", type=float, help="seconds of one step while it is taped (default: --forward)")
-    asked.add_argument("--memory", required=True, help="memory budget")
+    asked.add_argument("--memory", required=True, help="memory budget; of the device, with --host-memory")
+    asked.add_argument("--host-memory", help="budget in the host's memory, if the steps run on a device")
+    asked.add_argument(
+        "--link-bandwidth", metavar="OUT[,IN]", help="bytes a second from the device to the host, and back"
+    )
+    asked.add_argument("--link-latency", type=float, help="seconds a copy over the link takes however small")
     asked.add_argument("--disk", help="directory to spill to; it is probed")
     asked.add_argument("--write-bandwidth", help="bytes a second, in place of --disk")
     asked.add_argument("--read-bandwidth", help="bytes a second (default: --write-bandwidth)")
@@ -153,20 +159,28 @@ def _problem(parsed: argparse.Namespace) -> Problem:
                 f"--{name.replace('_', '-')} needs --write-bandwidth"
                 + (", and --disk is probed" if parsed.disk else "")
             )
-    for name in ("forward", "reverse", "tape", "latency"):
+    for name in ("link_bandwidth", "link_latency"):
+        if getattr(parsed, name) is not None and parsed.host_memory is None:
+            raise UsageError(f"--{name.replace('_', '-')} needs --host-memory, for it is that of a device")
+    if parsed.host_memory is not None and parsed.link_bandwidth is None:
+        raise UsageError("--host-memory needs --link-bandwidth, which says how fast a device copies to it and back")
+    for name in ("forward", "reverse", "tape", "latency", "link_latency"):
         seconds = getattr(parsed, name)
         if seconds is not None and not 0 <= seconds < inf:
-            raise UsageError(f"--{name} must be seconds, 0 or more, not {seconds}")
+            raise UsageError(f"--{name.replace('_', '-')} must be seconds, 0 or more, not {seconds}")
     has_disk = bool(parsed.disk or parsed.write_bandwidth)
     if parsed.disk_limit and not has_disk:
         raise UsageError("--disk-limit needs --disk or --write-bandwidth")
+    memory = parse_bytes(parsed.memory)
+    residuals = None if parsed.residuals is None else _positive("--residuals", parse_bytes(parsed.residuals))
     return Problem(
         steps=_steps(parsed.steps),
         state_nbytes=_positive("--state", parse_bytes(parsed.state)),
-        memory_nbytes=parse_bytes(parsed.memory),
+        memory_nbytes=memory if parsed.host_memory is None else parse_bytes(parsed.host_memory),
         has_disk=has_disk,
         disk_nbytes=None if parsed.disk_limit is None else parse_bytes(parsed.disk_limit),
-        residual_nbytes=None if parsed.residuals is None else _positive("--residuals", parse_bytes(parsed.residuals)),
+        residual_nbytes=residuals,
+        device=None if parsed.host_memory is None else Device(memory, residuals or 0),
     )
 
 
@@ -191,10 +205,28 @@ def _costs(parsed: argparse.Namespace, problem: Problem) -> Costs:
     costs = Costs(parsed.forward, tape + reverse)
     if problem.residual_nbytes is not None:
         costs = Costs(parsed.forward, tape + reverse, record=tape, pull_back=reverse)
+    if problem.device is not None:
+        out, back = _link(parsed.link_bandwidth)
+        latency = parsed.link_latency or 0.0
+        costs = replace(costs, out_bytes_per_second=out, in_bytes_per_second=back, link_latency=latency)
     if not problem.has_disk:
         return costs
     write, read, write_latency, read_latency = _storage(parsed, problem)
-    return Costs(costs.forward, costs.reverse, costs.record, costs.pull_back, write, read, write_latency, read_latency)
+    return replace(
+        costs,
+        write_bytes_per_second=write,
+        read_bytes_per_second=read,
+        write_latency=write_latency,
+        read_latency=read_latency,
+    )
+
+
+def _link(text: str) -> tuple[float, float]:
+    """Out and in, from one value or two."""
+    both = text.split(",")
+    if len(both) > 2:
+        raise UsageError(f"--link-bandwidth is one value, or two with a comma between, out,in; not {text!r}")
+    return _bandwidth("--link-bandwidth", both[0]), _bandwidth("--link-bandwidth", both[-1])
 
 
 def _storage(parsed: argparse.Namespace, problem: Problem) -> tuple[float, float, float, float]:
@@ -234,6 +266,12 @@ def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
         "writes": prediction.writes if outcome is None else outcome.writes,
         "reads": prediction.reads if outcome is None else outcome.reads,
         "stall_seconds": prediction.stall_seconds if outcome is None else outcome.stall_seconds,
+        "on_device": choice.on_device,
+        "device_slots": choice.device_slots,
+        "peak_device_bytes": prediction.peak_device_bytes,
+        "bytes_out": prediction.bytes_out if outcome is None else outcome.bytes_out,
+        "bytes_in": prediction.bytes_in if outcome is None else outcome.bytes_in,
+        "link_stall_seconds": prediction.link_stall_seconds if outcome is None else outcome.link_stall_seconds,
         "simulated": outcome is not None,
         "alternatives": [asdict(other) for other in foresight.alternatives],
         "improvements": [asdict(gain) for gain in foresight.improvements],
@@ -242,13 +280,16 @@ def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
 
 def _held(foresight: Foresight, outcome: Outcome) -> int:
     choice, problem = foresight.choice, foresight.problem
-    tapes = 0 if choice.blocks else (choice.window - 1) * problem.tape_nbytes
+    if choice.on_device:
+        return 0
+    tapes = 0 if choice.blocks or problem.device else (choice.window - 1) * problem.tape_nbytes
     block = choice.window * (problem.residual_nbytes or 0)
     return outcome.peak_slots * problem.state_nbytes + outcome.peak_blocks * block + tapes
 
 
 def _table(foresight: Foresight, outcome: Outcome | None) -> str:
     figures = _figures(foresight, outcome)
+    memory = "memory" if foresight.problem.device is None else "device memory"
     rows = [
         ("plan", describe(foresight.choice)),
         ("time", f"{format_seconds(figures['time_seconds'])}, {figures['overhead']:.2f} times the ideal"),
@@ -258,11 +299,13 @@ def _table(foresight: Foresight, outcome: Outcome | None) -> str:
         ("steps run", f"{figures['advances']:,} plainly"),
         ("waiting", format_seconds(figures["stall_seconds"])),
     ]
+    if foresight.problem.device is not None:
+        rows[1:3] = [rows[1], *_device_rows(foresight.choice, figures)]
     rows += [
         (
             "instead",
             f"{other.schedule}: {format_seconds(other.time_seconds)}"
-            + ("" if other.fits else f", but in {format_bytes(other.peak_memory_bytes)} of memory"),
+            + ("" if other.fits else f", but in {format_bytes(other.peak_memory_bytes)} of {memory}"),
         )
         for other in foresight.alternatives
     ]
@@ -274,15 +317,32 @@ def _table(foresight: Foresight, outcome: Outcome | None) -> str:
     return "\n".join([heading, *(f"  {name:<13}{text}" for name, text in rows)])
 
 
+def _device_rows(choice: Choice, figures: dict[str, Any]) -> list[tuple[str, str]]:
+    how = f"windows of {choice.window:,} steps, taped in one go" if choice.window > 1 else "one step at a time"
+    if choice.on_device:
+        how = "everything is kept there"
+    elif choice.device_slots:
+        how = f"windows of {choice.window:,} steps, on {choice.device_slots:,} snapshots"
+    moved = f"{format_bytes(figures['bytes_out'])} out, {format_bytes(figures['bytes_in'])} in"
+    return [
+        ("device", how),
+        ("peak device", format_bytes(figures["peak_device_bytes"])),
+        ("link", f"{moved}, waiting {format_seconds(figures['link_stall_seconds'])}"),
+        ("peak host", format_bytes(figures["peak_memory_bytes"])),
+    ]
+
+
 def _plot(foresight: Foresight, path: str) -> None:
     from longtape.plots import Candidate
     from longtape.plots import time_against_memory as draw
 
     points = time_against_memory(foresight.problem, foresight.costs)
     candidates = [Candidate(*point) for point in points]
-    prediction = foresight.choice.prediction
-    chosen = Candidate(foresight.choice.schedule, foresight.problem.memory_nbytes, prediction.time_seconds)
-    draw(candidates, chosen, path, ideal_seconds=prediction.ideal_seconds)
+    prediction, device = foresight.choice.prediction, foresight.problem.device
+    budget = foresight.problem.memory_nbytes if device is None else device.memory_nbytes
+    chosen = Candidate(foresight.choice.schedule, budget, prediction.time_seconds)
+    memory = "memory" if device is None else "device memory"
+    draw(candidates, chosen, path, ideal_seconds=prediction.ideal_seconds, memory=memory)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from functools import partial
 from math import ceil, inf
 from typing import Any
 
+from longtape.accelerator import Accelerator
 from longtape.actions import Action, Key, Kind
 from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
@@ -36,7 +37,7 @@ from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
 from longtape.protocols import Bytes, Job, Observer, Tier
-from longtape.report import Quantities, Replan, Report, Stall, Transfers
+from longtape.report import DeviceReport, Quantities, Replan, Report, Stall, Transfers
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.aligned import HUGE_PAGE, provide
 from longtape.tiers.codecs import parse_codec
@@ -93,6 +94,8 @@ class Traits:
     notes: tuple[str, ...] = ()
     floats: FloatsOf | None = None
     """Where items hold floating-point numbers that a lossy codec may round; None: nowhere."""
+    accelerator: Accelerator | None = None
+    """The device that steps run on, where the front end keeps items in memory of its making."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,10 @@ class Run:
         self._compressed: CompressedTier | None = None
         self._codec_nbytes = 0
         self._codec_notes: tuple[str, ...] = ()
+        self._accelerator = traits.accelerator
+        self._limits = None if traits.accelerator is None else traits.accelerator.limits
+        self._memory_name = "memory" if self._limits is None else "host_memory"
+        self._pools: dict[Kind, Any] = {}
         self.choice: Choice
         self.costs: Costs
         self._tier: Tier | None = None
@@ -179,7 +186,7 @@ class Run:
             )
         if traits.steps is not None and traits.steps < 1:
             raise UsageError(f"steps must be at least 1, not {traits.steps}")
-        if memory < traits.state_nbytes:
+        if memory < traits.state_nbytes and self._limits is None:
             raise BudgetError(
                 f"memory={format_bytes(memory)} cannot hold one state of this model, which takes "
                 f"{traits.state_nbytes} bytes; give at least {format_bytes(traits.state_nbytes)}"
@@ -200,6 +207,7 @@ class Run:
             self._assemble()
         except BaseException:
             self._stop_providing()
+            self._release_memory()
             self._release_storage(self._settings.stuck_seconds)
             if self._keeper is not None and self._keeper.begin is None:
                 self._keeper.finish()  # nothing has begun that could be gone on with
@@ -229,12 +237,19 @@ class Run:
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
         costs = stated or self._measure(job)
+        if stated is None and self._accelerator is not None:
+            costs = self._accelerator.with_link(costs, self._item_nbytes(self._traits.state_nbytes))
         self.costs = costs
         if self._transcript is not None:
             self.choice = settle(self._transcript, self._problem(), costs)
             return
-        self.choice = self._expected(self._fitted(choose(self._problem(), costs), self.memory_nbytes - self._spared()))
-        if self._codec is None or self._tier is None:
+        choice = choose(self._problem(), costs)
+        if choice.on_device:
+            assert self._limits is not None
+            self.memory_nbytes = self._limits.memory_nbytes
+            self._memory_name = "memory"
+        self.choice = self._expected(self._fitted(choice, self.memory_nbytes - self._spared()))
+        if self._codec is None or self._tier is None or choice.on_device:
             return
         speed = CodecSpeed(1.0, inf, inf, 1.0)  # stated costs are those of items, codec included
         if stated is None and job.sample is not None:
@@ -292,6 +307,8 @@ class Run:
         limit = None if problem.disk_nbytes is None else int(problem.disk_nbytes / fraction)
         try:
             choice = choose(replace(problem, memory_nbytes=memory, disk_nbytes=limit), costs)
+            if choice.on_device:
+                return None
             return self._expected(self._fitted(choice, memory))
         except BudgetError:
             return None
@@ -374,6 +391,7 @@ class Run:
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
             pins_initial=not traits.initial_is_free,
+            device=self._limits,
         )
 
     def _room_on_disk(self) -> int | None:
@@ -404,7 +422,7 @@ class Run:
         finally:
             if job.restore is not None:
                 job.restore()
-        self._touch = speed.touch_bytes_per_second
+        self._touch = speed.touch_bytes_per_second if self._accelerator is None else inf
         return Costs(
             job.forward,
             job.reverse,
@@ -435,14 +453,15 @@ class Run:
         window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
         if window < 1:
             raise BudgetError(
-                f"memory={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one step, "
+                f"{self._memory_name}={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one "
+                f"step, "
                 f"{format_bytes(state + block)} together; give at least that, or use capture=False"
             )
         return replace(choice, slots=slots, blocks=1, window=window)
 
     def _expected(self, choice: Choice) -> Choice:
         """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
-        if choice.schedule != "residuals":
+        if choice.schedule != "residuals" or self._limits is not None:
             return choice
         expected = min(choice.prediction.peak_memory_bytes, self._rehearsed(choice))
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
@@ -464,7 +483,7 @@ class Run:
         return outcome.peak_slots * state + outcome.peak_blocks * block
 
     def _layout(self, choice: Choice) -> Layout:
-        layout, staging = layout_of(choice, self._problem()), self._staging(choice)
+        layout, staging = layout_of(choice, self._problem(), self.costs), self._staging(choice)
         if choice.schedule == "asynchronous" and staging is not None:
             tail = layout.dense or layout.tail
             layout = replace(layout, tail=min(tail, staging * choice.window), dense=0)
@@ -501,19 +520,12 @@ class Run:
             stock.block_write.add(costs.write_seconds(block))
             stock.block_read.add(costs.read_seconds(block))
         self._stock = stock
-        self._pools = {
-            Kind.SNAPSHOT: SlotPool(
-                choice.slots + self._traits.working_slots + (self._keeper is not None), state, alignment=alignment
-            ),
-            Kind.RESIDUALS: SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT),
-        }
-        self._touch_slots()
+        self._make_pools(state, block, alignment)
         if self._traits.working_slots:
             self._job.adopt([self._pools[Kind.SNAPSHOT].take() for _ in range(self._traits.working_slots)])
         self._budget = Budget(self.memory_nbytes)
         self._budget.reserve(self._codec_nbytes)
-        if not choice.blocks:
-            self._budget.reserve((choice.window - 1) * self._traits.tape_nbytes)
+        self._budget.reserve(self._tape_nbytes())
         self._trace = Trace(self._clock(), self._held, self._spacing if self._paces_itself() else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
@@ -529,7 +541,37 @@ class Run:
         )
         layout = self._layout(self.choice)
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
-        self._executor = Executor(self._plan(stock, layout), job, self._mover, clock=self._clock, observers=observers)
+        accelerator = self._accelerator
+        if accelerator is not None:
+            accelerator.watch(self._trace.on_link)
+        self._executor = Executor(
+            self._plan(stock, layout),
+            job,
+            self._mover,
+            clock=self._clock,
+            observers=observers,
+            meter=None if accelerator is None else accelerator.meter,
+            ahead=None if self._limits is None else accelerator,
+        )
+
+    def _make_pools(self, state: int, block: int, alignment: int) -> None:
+        choice, accelerator = self.choice, self._accelerator
+        states = choice.slots + self._traits.working_slots + (self._keeper is not None)
+        if accelerator is not None:  # which provides what it makes
+            accelerator.settle(choice, max(state, block) if choice.blocks else state)
+            self._pools[Kind.SNAPSHOT] = accelerator.pool(states, state, alignment, is_state=True)
+            self._pools[Kind.RESIDUALS] = accelerator.pool(choice.blocks, max(1, block), ALIGNMENT, is_state=False)
+            return
+        self._pools[Kind.SNAPSHOT] = SlotPool(states, state, alignment=alignment)
+        self._pools[Kind.RESIDUALS] = SlotPool(choice.blocks, max(1, block), alignment=ALIGNMENT)
+        self._touch_slots()
+
+    def _tape_nbytes(self) -> int:
+        """What a window's tape takes of the memory that items are kept in."""
+        choice, limits = self.choice, self._limits
+        if choice.blocks or self._is_linked:
+            return 0
+        return (choice.window - 1) * (self._traits.tape_nbytes if limits is None else limits.tape_nbytes)
 
     def _plan(self, stock: Stock, layout: Layout) -> Iterator[Action]:
         if self._transcript is not None:
@@ -588,7 +630,7 @@ class Run:
     def forward(self) -> None:
         """Run the forward sweep; the job's working state is then the final one."""
         self._enter("new", "forward() can run once; make a new sweep to run again")
-        began = self._clock()
+        began = self._begin_sweep()
         self._trace.skip(began - self._trace.zero)
         self._execute(until_turn=True)
         self._turned_at = self._clock()
@@ -601,7 +643,7 @@ class Run:
         self._enter("turned", "reverse() runs once, after forward()")
         if self._keeper is not None:
             self._keeper.begin_reverse()
-        began = self._clock()
+        began = self._begin_sweep()
         self._trace.skip(began - self._turned_at)
         self._execute(until_turn=False)
         self.reverse_seconds = self._clock() - began
@@ -620,9 +662,17 @@ class Run:
             raise StateError(f"{otherwise} (the sweep is {self._state})")
         self._state = "failed"
 
+    def _begin_sweep(self) -> float:
+        """The time at which a sweep begins, on the device too."""
+        if self._accelerator is not None:
+            self._accelerator.begin_sweep()
+        return self._clock()
+
     def _execute(self, *, until_turn: bool) -> None:
         try:
             self._executor.run(until_turn=until_turn)
+            if self._accelerator is not None:
+                self._accelerator.end_sweep()
         except BaseException:
             self.close()
             raise
@@ -642,6 +692,11 @@ class Run:
             self._keeper.stop()
         self._stop_providing()
         self._mover.close()
+        self._release_memory()
+
+    def _release_memory(self) -> None:
+        if self._accelerator is not None:
+            self._accelerator.close()
         for pool in self._pools.values():
             pool.close()
 
@@ -741,7 +796,19 @@ class Run:
             replans=tuple(Replan(*change) for change in trace.replans),
             replan_count=trace.replan_count,
             states_verified=getattr(self._job, "states_verified", None),
+            device=self._device_report(),
         )
+
+    def _device_report(self) -> DeviceReport | None:
+        if self._accelerator is None:
+            return None
+        found, prediction = self._accelerator.usage(), self.choice.prediction
+        links = tuple(replace(link, overlap_fraction=self._trace.link_overlap(link.direction)) for link in found.links)
+        if self._limits is None or not self._is_linked:
+            budget, predicted = self.memory_nbytes, prediction.peak_memory_bytes
+        else:
+            budget, predicted = self._limits.memory_nbytes, prediction.peak_device_bytes
+        return replace(found, budget_bytes=budget, predicted_peak_bytes=predicted, links=links)
 
     def _slots_for_revolve(self, steps: int) -> int:
         return max(1, min(steps + 1, self.memory_nbytes // self._item_nbytes(self._traits.state_nbytes)))
@@ -785,10 +852,9 @@ class Run:
         # The model counts items, and which of them are blocks is known only of the run.
         mean_written = measured.bytes_written / max(1, sum(moved.count for moved in self._mover.written.values()))
         mean_read = measured.bytes_read / max(1, sum(moved.count for moved in self._mover.fetched.values()))
-        tapes = 0 if self.choice.blocks else (self.choice.window - 1) * self._traits.tape_nbytes
         return Quantities(
             seconds=outcome.seconds,
-            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + tapes,
+            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + self._tape_nbytes(),
             peak_disk_bytes=measured.peak_disk_bytes if self.choice.blocks else outcome.peak_stored * state,
             bytes_written=round(outcome.writes * mean_written),
             bytes_read=round(outcome.reads * mean_read),
@@ -799,7 +865,9 @@ class Run:
     def _seen_speeds(self, steps: int) -> Speeds:
         """Mean seconds of this run; where something did not happen, what was expected of it."""
         trace, costs, mover = self._trace, self.costs, self._mover
-        run = trace.steps_forward + trace.steps_replayed + (trace.steps_retaped if self.choice.blocks else 0)
+        run = trace.steps_forward + trace.steps_replayed
+        if self.choice.blocks and not self._is_linked:
+            run += trace.steps_retaped  # recorded, where on a device they are part of a window's adjoint
         forward = (trace.seconds("forward") + trace.seconds("replay")) / max(1, run)
         reverse = trace.seconds("reverse") / steps
 
@@ -813,6 +881,7 @@ class Run:
             return lambda key: found[key.kind]
 
         return Speeds(
+            **self._seen_link(),
             forward=forward,
             reverse=reverse,
             write=mean(mover.written, costs.write_seconds),
@@ -820,6 +889,25 @@ class Run:
             record=forward if self.choice.blocks else None,
             pull_back=reverse if self.choice.blocks else None,
         )
+
+    @property
+    def _is_linked(self) -> bool:
+        """Whether items are kept behind a device, and not on it."""
+        return self._limits is not None and not self.choice.on_device
+
+    def _seen_link(self) -> dict[str, Any]:
+        """What the link of a device took in this run; nothing without one."""
+        if not self._is_linked or self._accelerator is None or self._limits is None:
+            return {}
+        sizes = {Kind.SNAPSHOT: self._item_nbytes(self._traits.state_nbytes)}
+        sizes[Kind.RESIDUALS] = self._block_nbytes(self.choice)
+        pace = {"out": 1.0 / self.costs.out_bytes_per_second, "in": 1.0 / self.costs.in_bytes_per_second}
+        pace |= {way.direction: way.seconds / way.nbytes for way in self._accelerator.usage().links if way.nbytes}
+        return {
+            "copy_out": lambda key: pace["out"] * sizes[key.kind],
+            "copy_in": lambda key: pace["in"] * sizes[key.kind],
+            "staging": self._limits.staging,
+        }
 
     def _tier_notes(self) -> tuple[str, ...]:
         reason = getattr(self._tier, "fallback_reason", None)
@@ -927,4 +1015,10 @@ def describe(choice: Choice) -> str:
         parts.append(f"one stored every {choice.spacing:.1f} steps")
     if choice.record_fraction:
         parts.append(f"{choice.record_fraction:.0%} of the steps recorded")
+    if choice.on_device:
+        parts.append("all on the device")
+    elif choice.device_slots:
+        parts.append(
+            f"windows of {choice.window:,} steps reversed on the device with {choice.device_slots:,} snapshots"
+        )
     return ", ".join(parts)

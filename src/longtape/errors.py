@@ -12,6 +12,7 @@
     ├── StorageError (OSError)         a tier could not do what was asked
     │   ├── StorageFull                no space left, or the stated limit is reached
     │   └── DamagedBlock               a block that was read is not what was written
+    ├── DeviceError (RuntimeError)     an accelerator failed; nothing of the sweep can be trusted
     ├── StateError (RuntimeError)      a call out of order, such as reverse() before forward()
     └── PlanError (AssertionError)     a plan broke its own rules: a defect in Longtape
 
@@ -75,6 +76,10 @@ class StorageFull(StorageError):
 
 class DamagedBlock(StorageError):
     """The bytes read back are not those that were written: torn, flipped, swapped or truncated."""
+
+
+class DeviceError(LongtapeError, RuntimeError):
+    """An accelerator did not do what it was asked to: lost, or out of order in a way that is not its caller's."""
 
 
 class StateError(LongtapeError, RuntimeError):

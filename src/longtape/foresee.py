@@ -7,14 +7,19 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from longtape.actions import Key, Kind
-from longtape.plan.asynchronous import Layout
+from longtape.plan.asynchronous import Layout, Rules
 from longtape.plan.choose import Choice, choose
-from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
+from longtape.plan.costs import LEAST_TO_PIN, Costs, Device, Problem
+from longtape.plan.nested import alone, least_device_nbytes
+from longtape.plan.predict import Prediction, can_record, recorded_seconds
 from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
 
 STORAGE_BYTES_PER_SECOND = 1e9
 """Of an ordinary solid-state disk, to say what one would bring where there is none."""
+
+UNINSURED = 1 << 62
+"""Windows between snapshots against lost blocks, where none can be lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,10 @@ class Alternative:
     time_seconds: float
     peak_memory_bytes: int
     fits: bool
-    """Whether it fits the budget; storing everything is listed even where it does not."""
+    """Whether it fits the budget; storing everything is listed even where it does not.
+
+    With a device, that is in the memory of the device.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +58,27 @@ class Foresight:
     """The best of each other schedule, the quickest first; what storing everything would need is always among them."""
 
 
-def layout_of(choice: Choice, problem: Problem) -> Layout:
-    """The choice in the terms of the plan generator."""
+def layout_of(choice: Choice, problem: Problem, costs: Costs | None = None) -> Layout:
+    """The choice in the terms of the plan generator; with a device, the costs say what its link takes."""
     # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
     least = LEAST_TO_PIN if choice.record_fraction < 1.0 else 1
+    linked = costs is not None and problem.device is not None and not choice.on_device
+    # What memory holds needs no insurance against storage.
+    safety = safety_windows(problem, choice.window) if choice.uses_disk or problem.device is None else UNINSURED
     return Layout(
         window=choice.window,
         tail=choice.tail,
         dense=choice.dense,
         fixed_spacing=choice.stall_spacing,
         longest_piece=choice.longest_piece,
-        records=choice.blocks > 0,
+        records=choice.blocks > 0 and (problem.device is None or choice.on_device),
         record_fraction=choice.record_fraction,
         plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,
         stores=choice.uses_disk,
-        safety=safety_windows(problem, choice.window),
+        safety=safety,
         pin_initial=problem.pins_initial and choice.uses_disk and choice.slots >= least,
+        out_seconds=costs.out_seconds(problem.state_nbytes) if costs and linked else 0.0,
+        in_seconds=costs.in_seconds(problem.state_nbytes) if costs and linked else 0.0,
     )
 
 
@@ -91,10 +104,13 @@ def foresee(problem: Problem, costs: Costs) -> Foresight:
 
 def _better(problem: Problem, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
     """What the user could give more of."""
+    memory = "memory" if problem.device is None else "host memory"
     found = {
-        f"{words} the memory": (replace(problem, memory_nbytes=times * problem.memory_nbytes), costs)
+        f"{words} the {memory}": (replace(problem, memory_nbytes=times * problem.memory_nbytes), costs)
         for words, times in (("twice", 2), ("four times", 4))
     }
+    if problem.device is not None:
+        found |= _better_device(problem, problem.device, costs)
     if not problem.has_disk:
         speed = dict.fromkeys(("write_bytes_per_second", "read_bytes_per_second"), STORAGE_BYTES_PER_SECOND)
         found["storage at 1 GB/s"] = (replace(problem, has_disk=True), replace(costs, **speed))
@@ -111,18 +127,39 @@ def _better(problem: Problem, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
     return found
 
 
+def _better_device(problem: Problem, device: Device, costs: Costs) -> dict[str, tuple[Problem, Costs]]:
+    found = {}
+    for words, times in (("twice", 2), ("four times", 4)):
+        larger = replace(device, memory_nbytes=times * device.memory_nbytes)
+        found[f"{words} the device memory"] = (replace(problem, device=larger), costs)
+        faster = replace(
+            costs,
+            out_bytes_per_second=times * costs.out_bytes_per_second,
+            in_bytes_per_second=times * costs.in_bytes_per_second,
+        )
+        found[f"a link {words} as fast"] = (problem, faster)
+    return found
+
+
 def _alternatives(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Alternative]:
     for name, other in choice.alternatives:
         yield Alternative(name, other.time_seconds, other.peak_memory_bytes, fits=True)
-    if problem.steps is None or "store_all" in {choice.schedule, *(name for name, _ in choice.alternatives)}:
+    found = ((choice.schedule, choice.prediction), *choice.alternatives)
+    # Behind a device, all windows may be kept and their steps run again for all that.
+    if problem.steps is None or any(name == "store_all" and _is_ideal(problem, kept) for name, kept in found):
         return
     item = problem.residual_nbytes if costs.record is not None and problem.residual_nbytes else problem.state_nbytes
-    enough = replace(problem, memory_nbytes=problem.state_nbytes + (problem.steps + 1) * item, has_disk=False)
+    within = problem if problem.device is None else alone(problem)
+    enough = replace(within, memory_nbytes=problem.state_nbytes + (problem.steps + 1) * item, has_disk=False)
     everything = choose(enough, costs).prediction
     yield Alternative("store_all", everything.time_seconds, everything.peak_memory_bytes, fits=False)
 
 
-def replay(foresight: Foresight) -> Outcome:
+def _is_ideal(problem: Problem, prediction: Prediction) -> bool:
+    return problem.device is None or prediction.overhead < 1.01
+
+
+def replay(foresight: Foresight, rules: Rules | None = None) -> Outcome:
     """Run the chosen plan in the event model; takes time and memory that grow with the number of steps."""
     problem, costs, choice = foresight.problem, foresight.costs, foresight.choice
     steps = problem.steps or 10_000
@@ -139,13 +176,24 @@ def replay(foresight: Foresight) -> Outcome:
         costs.record,
         costs.pull_back,
     )
-    layout = layout_of(choice, problem)
+    if problem.device is not None and not choice.on_device:
+        taped = choice.window > 1 and not choice.device_slots and can_record(problem, costs)
+        speeds = replace(
+            speeds,
+            reverse=recorded_seconds(costs) if taped else costs.reverse,
+            copy_out=lambda key: costs.out_seconds(nbytes(key)),
+            copy_in=lambda key: costs.in_seconds(nbytes(key)),
+            staging=problem.device.staging,
+            device_slots=choice.device_slots,
+        )
+    layout = layout_of(choice, problem, costs)
     limit = inf if problem.disk_nbytes is None else problem.disk_nbytes
     return simulate(
         steps,
         choice.slots,
         speeds,
         layout=layout,
+        rules=rules,
         blocks=choice.blocks,
         known=problem.steps is not None,
         storage_limit=limit,
@@ -154,13 +202,21 @@ def replay(foresight: Foresight) -> Outcome:
 
 
 def time_against_memory(problem: Problem, costs: Costs, *, points: int = 24) -> list[tuple[str, int, float]]:
-    """(schedule, budget in bytes, predicted seconds) for budgets from the least that would do upwards."""
-    largest = max(problem.memory_nbytes * 8, problem.state_nbytes * 64)
-    ratio = (largest / problem.state_nbytes) ** (1 / (points - 1))
+    """(schedule, budget in bytes, predicted seconds) for budgets from the least that would do upwards.
+
+    With a device it is the device's budget that varies.
+    """
+    device = problem.device
+    least = max(1, problem.state_nbytes if device is None else least_device_nbytes(problem))
+    given = problem.memory_nbytes if device is None else device.memory_nbytes
+    ratio = (max(given * 8, least * 64) / least) ** (1 / (points - 1))
     found: list[tuple[str, int, float]] = []
     for k in range(points):
-        budget = round(problem.state_nbytes * ratio**k)
-        choice = choose(replace(problem, memory_nbytes=budget), costs)
+        budget = round(least * ratio**k)
+        larger = replace(problem, memory_nbytes=budget)
+        if device is not None:
+            larger = replace(problem, device=replace(device, memory_nbytes=budget))
+        choice = choose(larger, costs)
         found += [(choice.schedule, budget, choice.prediction.time_seconds)]
         found += [(name, budget, other.time_seconds) for name, other in choice.alternatives]
     return found

@@ -38,6 +38,9 @@ _COLOURS = {
     "wait": "#d62f2f",
     "write": "#7d6bb0",
     "read": "#2f9fa8",
+    "out": "#b06d97",
+    "in": "#6f9c3a",
+    "idle": "#7a1f1f",
 }
 _MEANINGS = {
     "forward": "forward step",
@@ -47,8 +50,17 @@ _MEANINGS = {
     "wait": "waiting",
     "write": "writing",
     "read": "reading",
+    "out": "copying out",
+    "in": "copying in",
+    "idle": "standing still for a copy",
 }
-_LANES = (("compute", ("forward", "replay", "reverse", "copy", "wait")), ("writes", ("write",)), ("reads", ("read",)))
+_LANES = (
+    ("compute", ("forward", "replay", "reverse", "copy", "wait", "idle")),
+    ("writes", ("write",)),
+    ("reads", ("read",)),
+)
+_LINK_LANES = (("link out", ("out",)), ("link in", ("in",)))
+"""Drawn where a device was copied from or to."""
 _COMPUTE = ("forward", "replay", "reverse", "copy")
 _MOST_SPANS_DRAWN_SINGLY = 400
 _MOST_COLUMNS = 2000
@@ -69,7 +81,8 @@ class Timeline(Protocol):
         """What was done when: (activity, began, ended).
 
         Activities are ``forward``, ``replay``, ``reverse``, ``copy`` and ``wait`` of the
-        computing thread, and ``write`` and ``read`` of the workers; transfers may overlap.
+        computing thread, and ``write`` and ``read`` of the workers; transfers may overlap.  Of a
+        device, ``out`` and ``in`` over its link, and ``idle`` while it computes nothing for want of a copy.
         """
 
     @property
@@ -125,7 +138,12 @@ def timeline(
 
 
 def time_against_memory(
-    candidates: Iterable[Candidate], chosen: Candidate, path: Path, *, ideal_seconds: float | None = None
+    candidates: Iterable[Candidate],
+    chosen: Candidate,
+    path: Path,
+    *,
+    ideal_seconds: float | None = None,
+    memory: str = "memory",
 ) -> None:
     """Draw what each way to run costs in time and memory, and which was chosen.
 
@@ -134,6 +152,7 @@ def time_against_memory(
         chosen: The plan that is run; it need not be among the candidates.
         path: Where to write the picture; the suffix says the format.
         ideal_seconds: Time without any recomputation or waiting, drawn as a floor.
+        memory: What memory it is.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -147,8 +166,8 @@ def time_against_memory(
     palette = [_COLOURS[name] for name in ("replay", "forward", "reverse", "write", "read")]
     for index, (family, members) in enumerate(families.items()):
         members.sort(key=lambda candidate: candidate.memory_nbytes)
-        memory, seconds = [c.memory_nbytes for c in members], [c.seconds for c in members]
-        axes.plot(memory, seconds, "o-", ms=3.5, lw=1.6, color=palette[index % len(palette)], label=family)
+        budgets, seconds = [c.memory_nbytes for c in members], [c.seconds for c in members]
+        axes.plot(budgets, seconds, "o-", ms=3.5, lw=1.6, color=palette[index % len(palette)], label=family)
     if ideal_seconds is not None:
         axes.axhline(ideal_seconds, color=_INK, lw=1, ls=":", label="no recomputation")
     axes.plot([chosen.memory_nbytes], [chosen.seconds], "*", ms=17, color=_COLOURS["wait"], mec="white", label="chosen")
@@ -167,7 +186,7 @@ def time_against_memory(
     # With one or two slots Revolve takes a hundred times longer; that is off the picture, or hides the rest.
     highest = max(max(c.seconds for c in members) for members in families.values()) if families else chosen.seconds
     axes.set_ylim(0, 1.05 * min(highest, 4 * chosen.seconds))
-    axes.set_xlabel("memory for snapshots, residuals and transfers", color=_INK)
+    axes.set_xlabel(f"{memory} for snapshots, residuals and transfers", color=_INK)
     axes.set_ylabel("seconds", color=_INK)
     axes.set_title(f"Time against memory: {chosen.family} was chosen", loc="left", weight="bold", color=_INK)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, labelcolor=_INK)
@@ -185,21 +204,23 @@ def _new_figure(width: float, height: float) -> Figure:
 
 
 def _draw_lanes(axes: Axes, unions: dict[str, Floats], began: float, ended: float) -> None:
-    """Three lanes, the computing thread on top; each as high as its share of the time."""
+    """A lane each, the computing thread on top; as high as its share of the time."""
     duration = ended - began
-    for row, (_, activities) in enumerate(_LANES):
-        bottom = 1.25 * (len(_LANES) - 1 - row)
+    lanes = _LANES + tuple(lane for lane in _LINK_LANES if any(len(unions[activity]) for activity in lane[1]))
+    for row, (_, activities) in enumerate(lanes):
+        bottom = 1.25 * (len(lanes) - 1 - row)
         axes.axhspan(bottom, bottom + 1, color="#f3f4f6", lw=0, zorder=0)
         present = {activity: unions[activity] for activity in activities if len(unions[activity])}
         if sum(map(len, present.values())) <= _MOST_SPANS_DRAWN_SINGLY:
             _draw_singly(axes, present, bottom)
         else:
             _draw_columns(axes, present, bottom, began, ended)
-        busy = _measure(_merge([unions[activity] for activity in activities if activity != "wait"])) / duration
+        working = [unions[activity] for activity in activities if activity not in ("wait", "idle")]
+        busy = _measure(_merge(working)) / duration
         axes.text(1.008, bottom + 0.5, f"{100 * busy:.0f} % busy", transform=_beside(axes), va="center", color=_INK)
-    bottoms = [1.25 * (len(_LANES) - 1 - row) + 0.5 for row in range(len(_LANES))]
-    axes.set_yticks(bottoms, [lane for lane, _ in _LANES])
-    axes.set_ylim(-0.12, 1.25 * len(_LANES) - 0.13)
+    bottoms = [1.25 * (len(lanes) - 1 - row) + 0.5 for row in range(len(lanes))]
+    axes.set_yticks(bottoms, [lane for lane, _ in lanes])
+    axes.set_ylim(-0.12, 1.25 * len(lanes) - 0.13)
     _bare(axes, "left", "bottom")
     axes.tick_params(length=0)
 
@@ -284,6 +305,8 @@ def _reported(report: Report) -> list[str]:
     if report.overlap_fraction is not None:
         transfers = format_seconds(report.write_seconds + report.read_seconds)
         parts.append(f"{report.overlap_fraction:.1%} of {transfers} of transfers overlapped")
+    if report.device is not None and report.device.links:
+        parts.append(f"stood still for copies for {format_seconds(report.device.idle_seconds)}")
     parts.append(f"waited {format_seconds(took.stall_seconds)}")
     parts.append(
         f"at most {format_bytes(took.peak_memory_bytes)} of memory, {format_bytes(took.peak_disk_bytes)} of disk"

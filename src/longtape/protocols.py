@@ -1,10 +1,16 @@
 """The seams: what the engine asks of a front end, of a storage tier and of an observer.
 
 Nothing here is implemented; nothing here knows a framework, a file or a thread.
+
+A *device* is an accelerator with memory of its own, in front of the memory that items are
+kept in.  What it is asked to do it does later: an `Event` says when.  Whoever has asked for
+something that touches the bytes of a slot leaves the event as the slot's *guard*; whoever
+touches the bytes next waits for it, on the host or on another stream of the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +22,16 @@ from longtape.actions import Action, Key
 Bytes = npt.NDArray[np.uint8]
 
 
+class Event(Protocol):
+    """A point in the work of a device; any thread may ask for it."""
+
+    def is_over(self) -> bool:
+        """Whether the device has got there; never waits.  Raises `DeviceError`."""
+
+    def wait(self) -> None:
+        """Return when the device has got there.  Raises `DeviceError`."""
+
+
 @dataclass(slots=True, eq=False)
 class Slot:
     """One preallocated buffer of a pool: room for one snapshot or one residual block."""
@@ -25,6 +41,12 @@ class Slot:
 
     views: Any = field(default=None)
     """A front end's cache of typed views of `data`; the engine never looks at it."""
+
+    guard: Event | None = field(default=None)
+    """The last thing a device was asked to do with the bytes; None: nothing ever."""
+
+    memory: Any = field(default=None)
+    """For a slot on a device: its bytes there; `data` then holds only what stays on the host."""
 
 
 class Floats(NamedTuple):
@@ -94,6 +116,98 @@ class Job(Protocol):
         """Take the adjoint of steps ``stop-1 … start`` from the residuals in `slot`."""
 
 
+class Ahead(Protocol):
+    """A front end that fetches items from memory before they are asked for; on the executor's thread."""
+
+    def expect(self, key: Key, slot: Slot) -> None:
+        """The item, which is in `slot`, is among the next that will be loaded or pulled back."""
+
+    def forget(self, slot: Slot) -> None:
+        """What is in `slot` is given up: whatever was fetched of it is not to be used."""
+
+
+class Meter(Protocol):
+    """Tells when actions ran where that is not when they were asked for; on the executor's thread."""
+
+    def mark(self) -> Any:
+        """A point of time that will be known later."""
+
+    def note(self, began: Any, ended: Any, tell: Callable[[float, float], None]) -> None:
+        """Have `tell` called with both points in seconds, on the engine's clock, once they are known.
+
+        Those noted first are told first.  Waits where too many are not known yet: by that, the
+        host runs ahead of the device by so many actions and no more.
+        """
+
+    def poll(self) -> None:
+        """Tell what has become known; never waits."""
+
+
+class Stream(Protocol):
+    """Work that a device does in order, while whoever asked for it goes on."""
+
+    def record(self) -> Event:
+        """The point after all that was asked for so far; its time can be told later."""
+
+    def wait(self, event: Event) -> None:
+        """Have whatever is asked for from now on begin after `event`; the caller goes on."""
+
+    def copy(self, target: Any, source: Any) -> None:
+        """Copy bytes between the device and pinned memory; both must be left alone until it is done."""
+
+    def touches(self, memory: Any, *, writes: bool) -> None:
+        """What was just asked for here, beside copies, reads or writes this memory, which copies touch too.
+
+        Nothing has to come of it: a device for tests checks that events order it with the copies.
+        """
+
+    def synchronize(self) -> None:
+        """Return when all is done that was asked for.  Raises `DeviceError`."""
+
+
+class Device(Protocol):
+    """An accelerator: three streams, memory, and a clock.
+
+    `Stream.wait`, `record` and `copy` are called from the executor's thread.  What the steps
+    compute is asked for on the stream `compute`, in whatever way the front end's framework does.
+    """
+
+    name: str
+
+    @property
+    def compute(self) -> Stream:
+        """Where the steps run."""
+
+    @property
+    def out(self) -> Stream:
+        """Copies from the device."""
+
+    @property
+    def into(self) -> Stream:
+        """Copies to the device."""
+
+    def reserve(self, nbytes: int) -> Any:
+        """Uninitialised memory on the device, one-dimensional bytes.  Raises `BudgetError` if there is not so much."""
+
+    def pin(self, memory: Bytes) -> None:
+        """Let copies reach host memory while the host goes on.  Raises `BudgetError` if the system refuses."""
+
+    def unpin(self, memory: Bytes) -> None:
+        """Undo `pin`, before the memory goes."""
+
+    def seconds(self, began: Event, ended: Event) -> float:
+        """Time between two points that are over."""
+
+    def begin_peak(self) -> int:
+        """Measure the most memory in use from now on; returns what is in use now, in bytes."""
+
+    def peak_nbytes(self) -> int:
+        """The most memory in use since `begin_peak`, as the framework's allocator counts."""
+
+    def is_capturing(self) -> bool:
+        """Whether the caller is recording its work instead of having it done."""
+
+
 class Tier(Protocol):
     """Slow, cheap storage.  A tier only moves bytes: it decides nothing.
 
@@ -118,7 +232,10 @@ class Tier(Protocol):
 
 
 class Observer(Protocol):
-    """Watches a run.  The engine calls it after each action; it must return quickly and change nothing."""
+    """Watches a run.  The engine calls it after each action; it must return quickly and change nothing.
+
+    Where steps run on a device, that is some actions later, when it is known when an action ended; in order.
+    """
 
     def on_action(self, action: Action, began: float, ended: float) -> None:
         """An action ran from `began` to `ended` (seconds on the engine's clock)."""

@@ -77,6 +77,68 @@ class Replan:
 
 
 @dataclass(frozen=True, slots=True)
+class Link:
+    """What was copied over the link between a device and the host, in one direction."""
+
+    direction: str
+    """``out`` of the device or ``in``."""
+    count: int
+    nbytes: int
+    seconds: float
+    """The link was busy with them for so long, by the device's events."""
+    overlap_fraction: float | None = None
+    """Share of that time during which compute went on; None when nothing was copied."""
+
+    @property
+    def bytes_per_second(self) -> float:
+        """While copying; 0 when nothing was."""
+        return self.nbytes / self.seconds if self.seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        way = "out of the device" if self.direction == "out" else "into the device"
+        text = f"{self.count:,} copies {way}: {format_bytes(self.nbytes)} in {format_seconds(self.seconds)}"
+        if self.seconds > 0:
+            text += f" at {format_bytes(self.bytes_per_second)}/s"
+        if self.overlap_fraction is not None:
+            text += f", {self.overlap_fraction:.1%} of it while compute went on"
+        return text
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What a run took of the device that its steps ran on."""
+
+    name: str
+    budget_bytes: int = 0
+    """What was allowed there."""
+    pool_bytes: int = 0
+    """Reserved for snapshots, residuals and buffers; never more than was allowed, but for alignment."""
+    peak_bytes: int = 0
+    """Most memory in use beyond what was before the run, the step's own included, as the framework counts."""
+    predicted_peak_bytes: int = 0
+    """Of what is allowed."""
+    pinned_bytes: int = 0
+    """Memory of the host that was pinned."""
+    idle_seconds: float = 0.0
+    """Compute stood still on the device for so long because a copy had not been done."""
+    links: tuple[Link, ...] = ()
+
+    def lines(self, seconds: float) -> list[str]:
+        """For people, beside a run that took so many seconds."""
+        pools = f"{format_bytes(self.pool_bytes)} reserved"
+        if self.budget_bytes:
+            pools += f" of {format_bytes(self.budget_bytes)}"
+        found = [f"on {self.name}: {pools}, at most {format_bytes(self.peak_bytes)} in use, the step's own included"]
+        found += [f"  {link}" for link in self.links if link.count]
+        if self.links:
+            share = f" ({self.idle_seconds / seconds:.2%})" if seconds > 0 else ""
+            found.append(f"compute stood still for copies for {format_seconds(self.idle_seconds)}{share}")
+        if self.pinned_bytes:
+            found.append(f"{format_bytes(self.pinned_bytes)} of the host's memory were pinned")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Predicted against measured, and whether storing really went on behind compute."""
 
@@ -146,6 +208,8 @@ class Report:
     """Bytes of the items written over bytes that were stored of them."""
     lossy_bound: float | None = None
     """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
+    device: DeviceReport | None = None
+    """Where steps ran on a device.  Memory is then the host's, pinned, if anything was copied there."""
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -192,6 +256,8 @@ class Report:
             held = format_seconds(self.durable_seconds)
             lines.append(f"{begun}made durable {self.durable_points:,} times, for which compute stood still for {held}")
         lines += [f"  {what}" for what in map(_transfers_line, self.transfers) if what]
+        if self.device is not None:
+            lines += self.device.lines(self.measured.seconds)
         if self.measured.steps_recomputed or self.revolve_steps_recomputed:
             lines.append(
                 f"{self.measured.steps_recomputed:,} steps were run again; without storage the least is "

@@ -463,6 +463,8 @@ class Keeper:
             tier.reserve(key, self._slot.data.nbytes)
             fresh.append(key)
             self._slot = self._job.save(self._slot)
+            if self._slot.guard is not None:
+                self._slot.guard.wait()
             blocks.append((key, self._slot.data))
         needed = self._needed(point, state)
         return _Attempt(point, changes, blocks, [*self._stored(), *needed], fresh, tier.retired)

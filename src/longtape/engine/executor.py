@@ -3,11 +3,16 @@
 Owns nothing but the loop and its timings.  It trusts the plan's order and nothing
 else; any plan in the vocabulary of `longtape.actions` runs through it.  Runs on the
 caller's thread, which is the only one that mutates bookkeeping.
+
+Where steps run on a device, an action returns before it is done.  A meter then tells later
+when it was, in order, and keeps the loop from running ahead too far; and what will be wanted
+from memory next is announced, so that it can be on its way to the device meanwhile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from longtape.actions import (
     Action,
@@ -28,7 +33,10 @@ from longtape.actions import (
 )
 from longtape.engine.mover import Mover
 from longtape.plan.stock import Stock
-from longtape.protocols import Job, Observer
+from longtape.protocols import Ahead, Job, Meter, Observer
+
+BLOCKS_AHEAD = 2
+"""Residual blocks that are announced; of snapshots only the next one, for others may be stored above the one below."""
 
 
 class Executor:
@@ -42,12 +50,17 @@ class Executor:
         *,
         clock: Callable[[], float],
         observers: list[Observer],
+        meter: Meter | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self._plan, self._job, self._mover = plan, job, mover
         self._stock: Stock = mover.stock
         self._clock, self._observers = clock, observers
+        self._meter, self._ahead = meter, ahead
         self._turned = False
         self._adjoint = 0
+        self._ran = 0
+        """Steps that the last `Advance` really ran."""
         self._perform: dict[type, Callable[..., None]] = {
             Advance: self._advance,
             Record: self._record,
@@ -69,20 +82,51 @@ class Executor:
         Raises:
             Exception: Whatever the user's step raises, with a note saying where.
         """
-        clock, perform, poll, observers = self._clock, self._perform, self._mover.poll, self._observers
+        perform, poll, meter = self._perform, self._mover.poll, self._meter
+        mark = self._clock if meter is None else meter.mark
         for action in self._plan:
-            began = clock()
+            began = mark()
             try:
                 perform[type(action)](action)
             except Exception as error:
                 error.add_note(self._describe(action))
                 raise
-            ended = clock()
-            for observer in observers:
-                observer.on_action(action, began, ended)
+            ended = mark()
+            if meter is None:
+                self._notice(action, self._ran, began, ended)
+            else:
+                meter.note(began, ended, partial(self._notice, action, self._ran))
             if until_turn and self._turned:
                 return
             poll()
+            if meter is not None:
+                meter.poll()
+            if self._ahead is not None and self._turned:
+                self._announce(self._ahead, self._adjoint)
+
+    def _notice(self, action: Action, ran: int, began: float, ended: float) -> None:
+        """An action took so long: note it in the running means, and tell the observers."""
+        kind = type(action)
+        if kind is Advance:
+            if ran > 0:
+                self._stock.forward.add((ended - began) / ran)
+        elif kind is Reverse:
+            self._stock.reverse.add((ended - began) / (action.stop - action.start))  # type: ignore[union-attr]
+        for observer in self._observers:
+            observer.on_action(action, began, ended)
+
+    def _announce(self, ahead: Ahead, below: int) -> None:
+        """Say what is wanted next once the adjoint stands at step `below`: blocks, or else the highest snapshot."""
+        stock, held = self._stock, self._mover.held
+        blocks = sorted((step for step in stock.residuals.memory if step < below), reverse=True)[:BLOCKS_AHEAD]
+        snapshot = max((step for step in stock.snapshots.memory if step < below), default=-1)
+        wanted = [Key(Kind.RESIDUALS, step) for step in blocks if step >= snapshot]
+        if snapshot >= 0 and not wanted:
+            wanted = [Key(Kind.SNAPSHOT, snapshot)]
+        for key in wanted:
+            if not stock.shelf(key.kind).resident(key.step):
+                return
+            ahead.expect(key, held[key])
 
     def _describe(self, action: Action) -> str:
         match action:
@@ -99,12 +143,10 @@ class Executor:
     # Steps -----------------------------------------------------------------------------------
 
     def _advance(self, action: Advance) -> None:
-        began = self._clock()
         reached = self._job.advance(action.start, action.stop)
         if reached != action.stop:
             self._stock.steps = reached
-        if reached > action.start:
-            self._stock.forward.add((self._clock() - began) / (reached - action.start))
+        self._ran = reached - action.start
 
     def _record(self, action: Record) -> None:
         key = Key(Kind.RESIDUALS, action.start)
@@ -115,12 +157,14 @@ class Executor:
             self._stock.steps = reached
 
     def _reverse(self, action: Reverse) -> None:
-        began = self._clock()
+        if self._ahead is not None:
+            self._announce(self._ahead, action.start)
         self._job.reverse(action.start, action.stop)
-        self._stock.reverse.add((self._clock() - began) / (action.stop - action.start))
         self._adjoint = action.start
 
     def _pull_back(self, action: PullBack) -> None:
+        if self._ahead is not None:
+            self._announce(self._ahead, action.start)
         self._job.pull_back(action.start, action.stop, self._mover.held[Key(Kind.RESIDUALS, action.start)])
         self._adjoint = action.start
 
@@ -144,6 +188,8 @@ class Executor:
 
     def _give_up(self, key: Key) -> None:
         held = self._mover.held
+        if self._ahead is not None and key in held:
+            self._ahead.forget(held[key])
         if key.kind is Kind.SNAPSHOT and key in held:
             held[key] = self._job.yield_slot(held[key])
         self._mover.give_up(key)

@@ -19,7 +19,7 @@ from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers, close_aside
 from longtape.errors import PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
-from longtape.protocols import Observer, Pool, Slot, Tier
+from longtape.protocols import Event, Observer, Pool, Slot, Tier
 
 
 @dataclass(slots=True)
@@ -178,10 +178,18 @@ class Mover:
         if not self._under_way or self.workers is None:
             raise PlanError("waiting for a transfer while none is in progress")
         transfer = self.workers.next_finished(self.stuck_seconds)
+        while transfer is None and (guard := self._behind_device()) is not None:
+            guard.wait()  # it is the device that takes so long, and not storage
+            transfer = self.workers.next_finished(self.stuck_seconds)
         if transfer is not None:
             self._finish(transfer)
         else:
             self._abandon()
+
+    def _behind_device(self) -> Event | None:
+        """What a transfer under way waits for before storage is asked for anything."""
+        guards = (transfer.slot.guard for transfer in self._under_way.values())
+        return next((guard for guard in guards if guard is not None and not guard.is_over()), None)
 
     def _finish(self, transfer: Transfer) -> None:
         key = transfer.key

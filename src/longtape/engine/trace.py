@@ -23,7 +23,11 @@ MOST_LEVELS = 1 << 12
 
 COMPUTE = ("forward", "replay", "reverse", "copy")
 TRANSFERS = ("write", "read")
-LANES = (*COMPUTE, "wait", *TRANSFERS)
+LINK = ("out", "in")
+"""Copies from a device and to it."""
+
+LANES = (*COMPUTE, "wait", *TRANSFERS, *LINK, "idle")
+"""``idle``: a device's compute stood still for a copy."""
 
 
 class Span(NamedTuple):
@@ -216,6 +220,10 @@ class Trace:
         self._span(kind, began, ended)
         self._note_levels(ended)
 
+    def on_link(self, lane: str, began: float, ended: float) -> None:
+        """Note a copy over the link to a device, or compute waiting for one."""
+        self._span(lane, began, ended)
+
     def skip(self, seconds: float) -> None:
         """Leave out a pause that is not part of the run, such as the caller's own work between the sweeps."""
         self.zero += seconds
@@ -244,12 +252,20 @@ class Trace:
 
         Measured from the spans, not inferred: the time in which a transfer and a step went on at once.
         """
-        transfers = [self._lanes[name] for name in TRANSFERS]
+        return self._overlap(TRANSFERS)
+
+    def link_overlap(self, lane: str) -> float | None:
+        """The same for copies over the link in one direction."""
+        return self._overlap((lane,))
+
+    def _overlap(self, names: tuple[str, ...]) -> float | None:
+        transfers = [self._lanes[name] for name in names]
         total = sum(lane.covered() for lane in transfers)
         if total <= 0.0:
             return None
         both = sum(_common(lane, self._lanes[name]) for lane in transfers for name in COMPUTE)
-        return min(1.0, both / total)
+        both -= sum(_common(lane, self._lanes["idle"]) for lane in transfers)  # while an action was waiting
+        return min(1.0, max(0.0, both) / total)
 
     @property
     def spans(self) -> Iterator[Span]:

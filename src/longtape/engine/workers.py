@@ -83,6 +83,9 @@ class Workers:
     def _run(self, transfer: Transfer) -> None:
         transfer.began, computed = self._clock(), time.thread_time()
         try:
+            if transfer.slot.guard is not None:  # a device may still be copying from these bytes, or to them
+                transfer.slot.guard.wait()
+                transfer.began = self._clock()
             if transfer.is_write:
                 self._tier.write(transfer.key, transfer.slot.data)
             else:

@@ -2,7 +2,8 @@
 
 Owns the working carry, the stacked results and the cotangents of one loop.  Every method
 that an action calls returns when its results are there, so that measured times are true
-and no computation still reads a slot.
+and no computation still reads a slot.  Bytes that leave a device for a slot may come later,
+which the slot's guard says.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from longtape.errors import PlanError
 from longtape.jax.arrays import Array, Kind, copied, empty, host, rows
 from longtape.jax.chunks import Chunks
+from longtape.jax.leaving import WayOut, pinned_beside
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Slot
@@ -53,6 +55,8 @@ class LoopJob:
         self.chunks, self.init, self._xs = chunks, init, xs
         self._condition, self._consts = condition, [*consts, *chunks.constants]
         self.fields = Fields([kind.nbytes for kind in chunks.carry])
+        pinned = pinned_beside(init)
+        self._way_out = None if pinned is None else WayOut(pinned)
         self.ys = [empty((steps or 0, *kind.shape), kind.dtype) for kind in chunks.y]
         """Stacked outputs; a caller may put a view in another order here."""
         self.steps = steps
@@ -93,11 +97,18 @@ class LoopJob:
         return slot.views  # type: ignore[no-any-return]
 
     def save(self, slot: Slot) -> Slot:
+        send = self._sender(slot)
         for view, leaf in zip(self._views(slot), self.carry, strict=True):
-            np.copyto(view, host(leaf))
+            send(leaf, view)
         return slot
 
+    def _sender(self, slot: Slot) -> Callable[[Any, Array], None]:
+        """Puts arrays into the slot, or the first rows of them: at once, or behind the steps that follow."""
+        return _put_at_once if self._way_out is None else self._way_out.send(slot)
+
     def load(self, slot: Slot) -> None:
+        if slot.guard is not None:
+            slot.guard.wait()
         self.carry = jax.block_until_ready([copied(view) for view in self._views(slot)])
 
     def load_initial(self) -> None:
@@ -192,14 +203,14 @@ class LoopJob:
         A plan then pulls the window back at once, and nothing is copied.
         """
         self._hand = None
-        block, state = self._block(slot), start
+        block, state, send = self._block(slot), start, self._sender(slot)
         for first, count in self._parts(start, stop):
             state = self._record_chunk(first, count)
             if self._turned and first + count == stop:
                 self._hand = first, count
                 break
             for stack, chunk in zip(block, self._stage(), strict=True):
-                stack[first - start : state - start] = host(chunk)[: state - first]
+                send(chunk, stack[first - start : state - start])
             if state < first + count:
                 break
         jax.block_until_ready(self.carry)
@@ -207,6 +218,8 @@ class LoopJob:
 
     def pull_back(self, start: int, stop: int, slot: Slot) -> None:
         block, hand = self._block(slot), self._hand
+        if slot.guard is not None:
+            slot.guard.wait()
         parts = list(self._parts(start, stop))
         if hand is not None and hand != parts[-1]:
             raise PlanError(f"steps {start} to {stop - 1} are pulled back, but steps {hand} were recorded last")
@@ -319,6 +332,11 @@ class LoopJob:
         return JobCosts(
             forward=forward, reverse=recorded + pulled, record=recorded, pull_back=pulled, busy=busy, restore=restore
         )
+
+
+def _put_at_once(array: Any, target: Array) -> None:
+    arrived = host(array)
+    np.copyto(target, arrived if arrived.shape == target.shape else arrived[: len(target)])
 
 
 class VerifiedLoopJob(LoopJob):

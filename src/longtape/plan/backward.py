@@ -78,6 +78,8 @@ class ReverseSweep:
     def _prefetch_blocks(self) -> Actions:
         """Read the blocks needed next into blocks that are free, or hold what is needed later."""
         shelf = self._course.stock.residuals
+        if len(shelf.memory) >= len(self._course.recorded):
+            return  # they are all there
         # Where windows are also re-recorded, one block is left for that, or it would take back a prefetched one.
         most = min(shelf.capacity, 2 * (self._course.layout.staging or shelf.capacity))
         most -= 1 if self._course.layout.record_fraction < 1 else 0

@@ -9,6 +9,10 @@ This file owns the search; the formulas are in `predict` and `recording`.  Candi
 * snapshots to little storage, again and again in both sweeps, as Revolve would;
 * residuals to storage for as many windows as it carries.
 
+With a device in front, the same candidates are tried with windows that are reversed there
+(`nested`), with residuals in the host's memory for as many windows as the link carries, and with
+everything in the device's own memory.
+
 Each is tried with those window lengths that can matter, a few hundred at most, so that
 the choice takes milliseconds however long the job.
 
@@ -25,9 +29,11 @@ from math import ceil, inf, isfinite
 from typing import Literal
 
 from longtape.errors import BudgetError, UsageError
+from longtape.plan import nested
 from longtape.plan.binomial import capacity
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.multistage import MOST_STATES, predict_multistage
+from longtape.plan.nested import grid
 from longtape.plan.predict import (
     Footprint,
     Prediction,
@@ -73,6 +79,9 @@ _MOST_REPEATS = 8
 _FEW_STORES = 8
 _SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _RUNS = range(1, 17)
+_LEAST_BLOCKS_BEHIND = 6
+"""Blocks in the host's memory behind a device: they are longer on their way, over the link and to storage."""
+_FEWER_RUNS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +114,27 @@ class Choice:
     """The best of each other schedule that fits, quickest first."""
     longest_piece: int | None = None
     """Where storage holds few states: the steps beyond which the reverse sweep stores again, see `pieces`."""
+    device_slots: int = 0
+    """Snapshots on the device by which a window is reversed there, that of its first state included.
+
+    0: all steps of a window are taped or recorded there in one go, or there is no device.
+    """
+    on_device: bool = False
+    """Everything is kept in the device's own memory.
+
+    `slots` and `blocks` are then there, nothing goes over the link, and the host's memory and storage are not used:
+    the plan is one for a job without a device whose memory is `Device.memory_nbytes`.
+    """
 
     @property
     def uses_disk(self) -> bool:
         """Whether anything goes to storage."""
-        return self.schedule in ("asynchronous", "residuals")
+        return self.schedule == "asynchronous" or (self.schedule == "residuals" and self.prediction.writes > 0)
 
     @property
     def footprint(self) -> Footprint:
         """How the memory budget is shared out."""
-        return Footprint(self.window, self.slots, self.blocks)
+        return Footprint(self.window, self.slots, self.blocks, self.device_slots)
 
 
 def choose(problem: Problem, costs: Costs) -> Choice:
@@ -127,11 +147,13 @@ def choose(problem: Problem, costs: Costs) -> Choice:
         costs: Measured or stated times.
 
     Raises:
-        BudgetError: The memory budget does not hold a single state.
+        BudgetError: The memory budget does not hold a single state, or the device not what goes over its link.
         UsageError: Fewer than one step, or times that cannot be.
     """
     _check(problem, costs)
     found = [*_within_memory(problem, costs), *_with_snapshots(problem, costs), *_with_residuals(problem, costs)]
+    if problem.device is not None:
+        found += _on_device(problem, costs)
     best = {name: _quickest(found, name) for name in _SIMPLEST_FIRST if any(c.schedule == name for c in found)}
     chosen = next(iter(best.values()))
     for choice in best.values():
@@ -145,6 +167,8 @@ def choose(problem: Problem, costs: Costs) -> Choice:
 def predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:
     """What a choice made for an unknown length takes, now that the problem says how long it is."""
     footprint = choice.footprint
+    if choice.on_device:
+        return _device_alone(predict_again(replace(choice, on_device=False), nested.alone(problem), costs))
     if choice.schedule == "online":
         return predict_revolve(problem, costs, footprint)
     if choice.schedule == "residuals":
@@ -162,18 +186,42 @@ def predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:
 def _check(problem: Problem, costs: Costs) -> None:
     if problem.steps is not None and problem.steps < 1:
         raise UsageError(f"a plan for {problem.steps} steps was asked for; there must be at least one")
-    if problem.memory_nbytes < problem.state_nbytes:
+    if problem.memory_nbytes < problem.state_nbytes and problem.device is None:
         raise BudgetError(
             f"a memory budget of {problem.memory_nbytes} bytes was asked for, but one state takes "
             f"{problem.state_nbytes} bytes, which is the least that would do; raise the budget to at least that"
         )
     times = [costs.forward, costs.reverse, costs.record or 0.0, costs.pull_back or 0.0]
     times += [costs.write_latency, costs.read_latency, costs.handling, costs.handling_per_byte]
-    times.append(costs.save)
+    times += [costs.save, costs.link_latency]
     if not all(isfinite(t) and t >= 0.0 for t in times):
         raise UsageError(f"times must be finite and not negative, but the costs are {costs}")
     if problem.has_disk and not min(costs.write_bytes_per_second, costs.read_bytes_per_second) > 0.0:
         raise UsageError(f"storage must move more than 0 bytes per second, but the costs are {costs}")
+    if problem.device is not None:
+        _check_device(problem, costs)
+
+
+def _check_device(problem: Problem, costs: Costs) -> None:
+    device = problem.device
+    assert device is not None
+    if device.staging < 2:
+        raise UsageError(f"a device needs 2 staging buffers at least, one each way, not {device.staging}")
+    if device.tape_nbytes < 0:
+        raise UsageError(f"the tape of a step on the device takes 0 bytes or more, not {device.tape_nbytes}")
+    if not min(costs.out_bytes_per_second, costs.in_bytes_per_second) > 0.0:
+        raise UsageError(f"a link must move more than 0 bytes per second, but the costs are {costs}")
+    least = nested.least_device_nbytes(problem)
+    if device.memory_nbytes >= least and problem.memory_nbytes >= problem.state_nbytes:
+        return
+    if any(choice.schedule == "store_all" for choice in _on_device(problem, costs)):
+        return
+    raise BudgetError(
+        f"a budget of {device.memory_nbytes} bytes on the device and of {problem.memory_nbytes} bytes in the host's "
+        f"memory was asked for, but one state takes {problem.state_nbytes} bytes: the least that would do is "
+        f"{least} bytes on the device, for {device.staging} states on their way over the link, and "
+        f"{problem.state_nbytes} bytes in the host's memory; raise what is below that"
+    )
 
 
 def _seconds(choice: Choice) -> float:
@@ -183,6 +231,9 @@ def _seconds(choice: Choice) -> float:
 def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
     """The shortest of a schedule; among those about equally short, the first found that is `_kindest`."""
     of_schedule = [choice for choice in choices if choice.schedule == schedule]
+    if within := [choice for choice in of_schedule if not choice.uses_disk]:
+        limit = min(map(_seconds, within)) * (1.0 - _LEAST_GAIN)
+        of_schedule = [choice for choice in of_schedule if not choice.uses_disk or _seconds(choice) < limit]
     if free := [choice for choice in of_schedule if choice.stall_spacing is None]:
         # Storage that turns out slower than believed delays a plan that waits for it, and no other.
         limit = min(map(_seconds, free)) * (1.0 - _LEAST_GAIN_BY_WAITING)
@@ -226,21 +277,15 @@ def _longest_window(problem: Problem, costs: Costs) -> int:
 
 def _footprints(problem: Problem, costs: Costs) -> list[Footprint]:
     """One for each window length that may be the best for Revolve or between stored snapshots."""
+    if problem.device is not None:
+        return list(nested.footprints(problem, costs))
     longest = _longest_window(problem, costs)
-    windows = {longest, *_grid(longest), *_fullest_windows(problem, costs)}
+    windows = {longest, *grid(longest), *_fullest_windows(problem, costs)}
     if problem.has_disk:
         steps = costs.write_seconds(problem.state_nbytes) / max(costs.forward, 1e-12)
         windows.update(ceil(min(steps, longest) / parts) for parts in range(1, 9))
     found = (_footprint(problem, costs, window) for window in sorted(windows) if 1 <= window <= longest)
     return [footprint for footprint in found if footprint is not None]
-
-
-def _grid(limit: int) -> Iterator[int]:
-    """1 … limit: every number at first, then steps of a sixteenth."""
-    value = 1
-    while value <= limit:
-        yield value
-        value += max(1, value // 16)
 
 
 def _powers_of_two(limit: int) -> list[int]:
@@ -256,7 +301,7 @@ def _fullest_windows(problem: Problem, costs: Costs) -> Iterator[int]:
     tape = (problem.residual_nbytes or 0) if records else problem.tape_nbytes
     if tape == 0 or problem.state_nbytes == 0:
         return
-    for slots in _grid(min(problem.memory_nbytes // problem.state_nbytes, horizon(problem))):
+    for slots in grid(min(problem.memory_nbytes // problem.state_nbytes, horizon(problem))):
         extra = (problem.memory_nbytes - slots * problem.state_nbytes) // tape
         yield extra if records else 1 + extra
 
@@ -286,7 +331,7 @@ def _within_memory(problem: Problem, costs: Costs) -> Iterator[Choice]:
 
 def _all_recorded(problem: Problem, costs: Costs) -> Choice | None:
     """Every window's residuals in memory, in blocks as large as fit well."""
-    if problem.steps is None or not can_record(problem, costs):
+    if problem.steps is None or not can_record(problem, costs) or problem.device is not None:
         return None
     step = max(1, problem.residual_nbytes or 0)
     for window in reversed(_powers_of_two(min(problem.steps, max(1, LARGEST_BLOCK // step)))):
@@ -296,6 +341,18 @@ def _all_recorded(problem: Problem, costs: Costs) -> Choice | None:
             spacing = float(problem.steps)
             return _choice("store_all", footprint, prediction, spacing=spacing, fraction=1.0)
     return None
+
+
+def _on_device(problem: Problem, costs: Costs) -> list[Choice]:
+    """The plans for a job whose memory is the device's; the host's is not used."""
+    return [
+        replace(choice, on_device=True, prediction=_device_alone(choice.prediction))
+        for choice in _within_memory(nested.alone(problem), costs)
+    ]
+
+
+def _device_alone(prediction: Prediction) -> Prediction:
+    return replace(prediction, peak_memory_bytes=0, peak_device_bytes=prediction.peak_memory_bytes)
 
 
 # Snapshots on storage ---------------------------------------------------------------------------
@@ -351,7 +408,7 @@ def _spaced_choice(
 
 def _densest(problem: Problem, costs: Costs, choice: Choice) -> Choice:
     """The choice, or one that keeps every state of its end where storage is almost fast enough for all of them."""
-    if problem.steps is None:
+    if problem.steps is None or problem.device is not None:
         return choice
     job, slots = pace(problem, costs, choice.footprint), working_slots(problem, choice.footprint)
     dense = dense_tail(job, slots, spaced(job, slots))
@@ -390,7 +447,7 @@ def _closer_spacings(choice: Choice, windows: int) -> Iterator[tuple[int, int | 
     below, slots = ceil(choice.spacing / choice.window) - 1, choice.slots
     lengths = {capacity(c, k) for k in range(1, _MOST_REPEATS) for c in (slots, slots - 1)}
     lengths = {length for length in lengths if length <= windows}
-    for spacing in sorted({below, *_grid(below)} | lengths):
+    for spacing in sorted({below, *grid(below)} | lengths):
         if 1 <= spacing <= below:
             yield spacing, None
     for stores in range(1, _FEW_STORES + 1):
@@ -424,15 +481,42 @@ def _cut_again(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Choic
 
 
 def _with_residuals(problem: Problem, costs: Costs) -> Iterator[Choice]:
-    if not problem.has_disk or not can_record(problem, costs):
+    if not can_record(problem, costs):
+        return
+    if problem.device is not None and problem.steps is not None:
+        yield from _with_residuals_in_memory(problem, costs)
+    if not problem.has_disk:
         return
     for window in _block_windows(problem, costs):
-        for footprint in _block_footprints(problem, window):
-            for run in _RUNS:
+        for footprint in _block_footprints(problem, costs, window):
+            for run in _RUNS if problem.device is None else _FEWER_RUNS:
                 found = list(_recorded_choices(Recording(problem, costs, footprint, run)))
                 yield from found
                 if [choice.record_fraction for choice in found] == [1.0]:
                     break  # storage carries every window in both sweeps, so that there are no plain runs
+
+
+def _with_residuals_in_memory(problem: Problem, costs: Costs) -> Iterator[Choice]:
+    """Behind a device: as many windows as its link carries, or as the host's memory holds."""
+    for window in _block_windows(problem, costs):
+        shape = nested.footprint(problem, costs, window, 1, 1)
+        if shape is None:
+            continue
+        for run in _FEWER_RUNS:
+            recording = Recording(problem, costs, shape, run, stored=False)
+            most = min(recording.memory().largest_fraction(), 1.0 / run)
+            for fraction in sorted({most, *(point for point in recording.turning_points() if point < most)}):
+                held = recording.holding(fraction)
+                if held is not None and fraction > 0.0:
+                    everything = fraction == 1.0
+                    spacing = float(problem.steps or 0) if everything else float(run * window)
+                    yield _choice(
+                        "store_all" if everything else "residuals",
+                        held.footprint,
+                        predict_residuals(held, fraction),
+                        spacing=spacing,
+                        fraction=fraction,
+                    )
 
 
 def _block_windows(problem: Problem, costs: Costs) -> list[int]:
@@ -443,19 +527,23 @@ def _block_windows(problem: Problem, costs: Costs) -> list[int]:
     step = max(1, problem.residual_nbytes or 0)
     room = (problem.memory_nbytes - problem.state_nbytes) // 2
     largest = max(1, min(LARGEST_BLOCK, room) // step)
-    latencies = (
-        (costs.write_latency, costs.write_bytes_per_second),
-        (costs.read_latency, costs.read_bytes_per_second),
-    )
+    latencies: list[tuple[float, float]] = []
+    if problem.has_disk:
+        latencies.append((costs.write_latency, costs.write_bytes_per_second))
+        latencies.append((costs.read_latency, costs.read_bytes_per_second))
+    if problem.device is not None:
+        latencies.append((costs.link_latency, costs.out_bytes_per_second))
+        latencies.append((costs.link_latency, costs.in_bytes_per_second))
     unimportant = max(latency * speed if latency else 0.0 for latency, speed in latencies) / _LATENCY_SHARE
     good = ceil(min(float(LARGEST_BLOCK), max(unimportant, float(SMALLEST_GOOD_BLOCK))) / step)
     roomy = min(LARGEST_BLOCK, problem.memory_nbytes // BLOCKS_OF_LARGEST) // step
-    longest = min(largest, horizon(problem))
+    longest = min(largest, horizon(problem), nested.longest_block(problem))
     good = min(longest, max(good, roomy))
-    return sorted({max(1, good // parts) for parts in (1, 2, 4, 8)}, reverse=True)
+    hidden = {min(longest, nested.least_window(problem, costs))} if problem.device is not None else set()
+    return sorted({max(1, good // parts) for parts in (1, 2, 4, 8)} | hidden, reverse=True)
 
 
-def _block_footprints(problem: Problem, window: int) -> Iterator[Footprint]:
+def _block_footprints(problem: Problem, costs: Costs, window: int) -> Iterator[Footprint]:
     """A few slots for the plain runs, the rest to blocks: enough, all that fit, or so few that snapshots can wait."""
     block = max(1, window * (problem.residual_nbytes or 0))
     most = -(-horizon(problem) // window)
@@ -463,8 +551,12 @@ def _block_footprints(problem: Problem, window: int) -> Iterator[Footprint]:
         blocks = min(most, (problem.memory_nbytes - slots * problem.state_nbytes) // block)
         if blocks < 2:
             return
-        for taken in dict.fromkeys((min(blocks, ENOUGH_BLOCKS), blocks, min(blocks, max(3, slots - 2)))):
-            yield Footprint(window, slots, taken)
+        few = 3 if problem.device is None else _LEAST_BLOCKS_BEHIND
+        for taken in dict.fromkeys((min(blocks, ENOUGH_BLOCKS), blocks, min(blocks, max(few, slots - 2)))):
+            if problem.device is None:
+                yield Footprint(window, slots, taken)
+            elif found := nested.footprint(problem, costs, window, slots, taken):
+                yield found
 
 
 def _recorded_choices(recording: Recording) -> Iterator[Choice]:
@@ -476,9 +568,11 @@ def _recorded_choices(recording: Recording) -> Iterator[Choice]:
     run, footprint = recording.run, recording.footprint
     forward, disk = recording.forward(), recording.disk()
     most = min(forward.largest_fraction(), disk.largest_fraction(), 1.0 / run)
-    for fraction in sorted({most, min(most, recording.reverse().largest_fraction())}):
+    points = {point for point in recording.turning_points() if point < most}
+    for fraction in sorted({most, min(most, recording.reverse().largest_fraction())} | points):
         fits = forward.spare(fraction) >= -_ROUNDING_SECONDS and disk.spare(fraction) >= -1.0
         enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
+        enough &= recording.problem.device is None or footprint.blocks >= _LEAST_BLOCKS_BEHIND
         if fits and enough:
             choice = _within_disk(recording, fraction)
             if choice is not None and choice.record_fraction > 0.0:
@@ -523,4 +617,5 @@ def _choice(
         tail=tail,
         stall_spacing=stall_spacing,
         prediction=prediction,
+        device_slots=footprint.inner,
     )

@@ -43,6 +43,13 @@ class Costs:
         """Compute lost to one transfer of `nbytes`."""
         return self.handling + nbytes * self.handling_per_byte
 
+    out_bytes_per_second: float = inf
+    """Over the link from a device to the memory that items are kept in."""
+    in_bytes_per_second: float = inf
+    """Over the link from that memory back to the device."""
+    link_latency: float = 0.0
+    """What a copy over the link takes however small, either way."""
+
     def write_seconds(self, nbytes: int) -> float:
         """Time to store one item of `nbytes`."""
         return self.write_latency + nbytes / self.write_bytes_per_second
@@ -50,6 +57,32 @@ class Costs:
     def read_seconds(self, nbytes: int) -> float:
         """Time to fetch one item of `nbytes`."""
         return self.read_latency + nbytes / self.read_bytes_per_second
+
+    def out_seconds(self, nbytes: int) -> float:
+        """Time to copy one item of `nbytes` out of the device."""
+        return self.link_latency + nbytes / self.out_bytes_per_second
+
+    def in_seconds(self, nbytes: int) -> float:
+        """Time to copy one item of `nbytes` into the device."""
+        return self.link_latency + nbytes / self.in_bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The memory of an accelerator in front of the memory that items are kept in.
+
+    A window is then reversed on the device from one snapshot: either all its steps are
+    taped there, or it is reversed by Revolve on snapshots of its own.
+    """
+
+    memory_nbytes: int
+    """Budget on the device: staging, and the tapes or the inner snapshots of one window."""
+
+    tape_nbytes: int = 0
+    """What each further taped step of a window holds there; `residual_nbytes` where the job records."""
+
+    staging: int = 4
+    """Items of the largest kind on their way over the link, out or in: buffers that all kinds share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +112,12 @@ class Problem:
     pins_initial: bool = False
     """With storage, state 0 keeps a slot to itself throughout, if there are `LEAST_TO_PIN` of them."""
 
+    device: Device | None = None
+    """Where the steps run, if that is not where items are kept; `memory_nbytes` is then the host's, pinned."""
+
+
+BLOCKS_AHEAD = 2
+"""Residual blocks that are copied to a device ahead of the adjoint, if there are no snapshots between them."""
 
 LEAST_TO_PIN = 3
 """Slots from which state 0 keeps its own throughout, so that no fault of storage can cost it.

@@ -84,7 +84,8 @@ class Course:
 
     @property
     def read_seconds(self) -> float:
-        return (self.stock.read if self.stock.read.count else self.stock.write).value
+        """From storage to where the steps run."""
+        return (self.stock.read if self.stock.read.count else self.stock.write).value + self.layout.in_seconds
 
     def spacing(self) -> float:
         """Windows that pass during one write; 0 while nothing is known of it."""

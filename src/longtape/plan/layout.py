@@ -80,3 +80,9 @@ class Layout:
 
     pin_initial: bool = False
     """Keep state 0 in its slot throughout, so that no fault of storage can cost it."""
+
+    out_seconds: float = 0.0
+    """With a device: what a snapshot takes from there to memory, where it can be written from."""
+
+    in_seconds: float = 0.0
+    """With a device: what a snapshot takes from memory to there, after it has been read."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from longtape.plan.binomial import stores
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.pieces import cut, is_stored
-from longtape.plan.predict import Footprint, Pace, Prediction, interval_advances, pace, tally, working_slots
+from longtape.plan.predict import Footprint, Pace, Prediction, interval_advances, pace, passage, tally, working_slots
 
 MOST_STATES = 1024
 """States beside the first from which on cutting is not considered: the search would take too long."""
@@ -61,9 +62,9 @@ def effort(job: Pace, slots: int, room: int, longest: int) -> Effort:
 
 
 def _from_memory(job: Pace, length: int, slots: int) -> Effort:
-    again = interval_advances(length, slots, read=job.read / job.advance, adjoint=job.adjoint / job.advance)
+    again = interval_advances(length, slots, read=job.fetch / job.advance, adjoint=job.adjoint / job.advance)
     hidden = again * job.advance + length * job.adjoint if slots > 1 else 0.0
-    return Effort(again, stall=max(0.0, job.read - hidden))
+    return Effort(again, stall=max(0.0, job.fetch - hidden))
 
 
 def _joined(job: Pace, slots: int, at: int, stored: bool, upper: Effort, lower: Effort) -> Effort:
@@ -96,16 +97,18 @@ def predict_multistage(problem: Problem, costs: Costs, footprint: Footprint, sta
     slots = working_slots(problem, footprint)
     taken = effort(job, slots, states, longest)
     advanced = taken.advances + 1
-    computing = advanced * job.advance + job.windows * job.adjoint
+    moved = passage(job, dense=stores(job.windows, max(1, slots - 1) + states))
+    computing = advanced * job.advance + job.windows * job.adjoint + moved.stall
     stalled = max(taken.stall + taken.wait, (taken.stored + 1) * job.write - computing)
     prediction = tally(
         problem,
         costs,
         footprint,
         seconds=computing + stalled,
-        advanced=advanced * job.steps,
+        advanced=advanced * job.steps + job.windows * job.inner,
         stalled=stalled,
         snapshots_written=taken.stored + 1,
         snapshots_read=taken.cuts,
+        moved=moved,
     )
     return replace(prediction, peak_disk_bytes=min(states, taken.stored + 1) * problem.state_nbytes)

@@ -265,7 +265,7 @@ class ForwardSweep:
         since = window - self._last_store
         if window == 0:
             return True
-        if since < self._thinning.least_gap:
+        if since < self._thinning.least_gap or not self._course.layout.stores:
             return False
         if window >= self._dense_from():
             return since >= self._dense_gap
@@ -297,7 +297,9 @@ class ForwardSweep:
     def _writer_is_free(self) -> bool:
         """No write is under way, or the only one will have ended before one more window has."""
         stock = self._course.stock
-        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < self._course.forward_seconds * (1 - 1e-9)
+        # What is stored a window later is in memory, where it can be written from, only so much later still.
+        until = self._course.forward_seconds + self._course.layout.out_seconds
+        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < until * (1 - 1e-9)
         return (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2
 
     def _dense_from(self) -> float:

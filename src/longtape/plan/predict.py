@@ -10,6 +10,11 @@ symbols are t_F = `Pace.advance`, t_B = `Pace.adjoint`, t_W and t_R = `Pace.writ
 `Pace.read` (of one state), s = `Footprint.slots`, I = spacing in windows and M = tail
 in windows.
 
+With a device (`Problem.device`) a window is what is reversed there from one snapshot, by
+Revolve on s₁ = `Footprint.inner` snapshots of its own or taped in one go; what is kept, is kept in
+the host's memory, and goes over the link, which takes t_out = `Pace.out` and t_in = `Pace.back`
+for a state.
+
 Source: the binomial formulas are Griewank and Walther's, ACM TOMS 26 (2000); storing
 at a mean spacing while computing follows the idea of Kukreja, Hückelheim and Gorman
 (2018).  The rules predicted here are those of `longtape.plan.asynchronous`.
@@ -20,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil, floor
 
-from longtape.plan.binomial import advances, capacity, repetitions, split
+from longtape.plan.binomial import advances, capacity, repetitions, split, stores
 from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 
 HORIZON = 10_000
@@ -49,16 +54,36 @@ class Footprint:
     blocks: int = 0
     """Blocks that each hold the residuals of a window; 0: the job is reversed by re-taping."""
 
+    inner: int = 0
+    """Snapshots on a device by which a window is reversed there (s₁); 0: its steps are taped in one go."""
+
     def nbytes(self, problem: Problem) -> int:
         """Bytes of the budget: s·state + blocks·h·residuals, or + (h-1)·tape where there are no blocks.
 
-        The tape of a single step is the step's own working set and is not counted.
+        The tape of a single step is the step's own working set and is not counted.  With a
+        device, windows are taped there.
         """
         if self.blocks:
             tapes = self.blocks * self.window * (problem.residual_nbytes or 0)
         else:
-            tapes = (self.window - 1) * problem.tape_nbytes
+            tapes = 0 if problem.device else (self.window - 1) * problem.tape_nbytes
         return self.slots * problem.state_nbytes + tapes
+
+    def device_nbytes(self, problem: Problem) -> int:
+        """Bytes of the device's budget: staging·max(state, block), and what reversing a window takes.
+
+        That is s₁·state, or the tapes of the window: h of them where the job records, for they
+        are laid out as a block; else h-1.
+        """
+        device = problem.device
+        if device is None:
+            return 0
+        block = self.window * (problem.residual_nbytes or 0) if self.blocks else 0
+        staged = device.staging * max(problem.state_nbytes, block)
+        if self.inner:
+            return staged + self.inner * problem.state_nbytes
+        tapes = self.window - 1 + (self.window > 1 and problem.residual_nbytes is not None)
+        return staged + tapes * device.tape_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +105,14 @@ class Prediction:
     bytes_read: int
     stall_seconds: float
     """Compute waiting for storage; part of `time_seconds`."""
+    peak_device_bytes: int = 0
+    """Most of the device's budget in use; 0 without one."""
+    bytes_out: int = 0
+    """Over the link, from the device."""
+    bytes_in: int = 0
+    """Over the link, to the device."""
+    link_stall_seconds: float = 0.0
+    """Compute waiting for the link; part of `time_seconds`, beside `stall_seconds`."""
 
     @property
     def overhead(self) -> float:
@@ -99,6 +132,17 @@ class Pace:
     """From the window's first state: re-taped, or recorded again into a block and pulled back."""
     write: float
     read: float
+    inner: float = 0.0
+    """Steps advanced again within a window's adjoint, on the device; part of `adjoint`."""
+    out: float = 0.0
+    """Over the link, from the device; 0 without one."""
+    back: float = 0.0
+    """Over the link, to the device."""
+
+    @property
+    def fetch(self) -> float:
+        """From storage to where the steps run."""
+        return self.read + self.back
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +180,70 @@ def pace(problem: Problem, costs: Costs, footprint: Footprint) -> Pace:
     """The job in windows: n = ⌈N/h⌉ of mean length N/n.
 
     t_F = h·t_f.  t_B = h·t_b where a window is re-taped; h·(record + pull_back) where
-    there are blocks to record it into.
+    there are blocks to record it into.  On a device t_B = h·(record + pull_back) for a job
+    that records and windows of more than one step, whose tapes are all there; else
+    t_B = h·t_b + t(h, s₁)·t_f, where the last term is for Revolve within the window.
     """
     windows = -(-horizon(problem) // footprint.window)
     steps = horizon(problem) / windows
+    forward = max(costs.forward, _TINIEST_STEP)
+    within = _within_windows(problem, footprint)
+    records = footprint.blocks > 0
+    if problem.device is not None:
+        records = footprint.window > 1 and not footprint.inner and can_record(problem, costs)
     return Pace(
         windows=windows,
         steps=steps,
-        advance=steps * max(costs.forward, _TINIEST_STEP),
-        adjoint=steps * (recorded_seconds(costs) if footprint.blocks else costs.reverse),
+        advance=steps * forward,
+        adjoint=steps * (recorded_seconds(costs) if records else costs.reverse) + within * forward,
         write=costs.write_seconds(problem.state_nbytes),
         read=costs.read_seconds(problem.state_nbytes),
+        inner=within,
+        out=costs.out_seconds(problem.state_nbytes) if problem.device else 0.0,
+        back=costs.in_seconds(problem.state_nbytes) if problem.device else 0.0,
     )
+
+
+def _within_windows(problem: Problem, footprint: Footprint) -> float:
+    """t(h, s₁), the mean over all windows: the last one may be shorter."""
+    if not footprint.inner:
+        return 0.0
+    full, rest = divmod(horizon(problem), footprint.window)
+    again = full * advances(footprint.window, footprint.inner) + advances(rest, footprint.inner)
+    return again / (full + (rest > 0))
+
+
+# A device in front ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Snapshots that go over the link between a device and the host's memory."""
+
+    out: float = 0.0
+    """Copied out."""
+    back: float = 0.0
+    """Copied in: one for each window that is reversed."""
+    stall: float = 0.0
+    """Seconds for which compute waits for them."""
+
+
+def passage(job: Pace, *, sparse: float = 0.0, gap: float = 1.0, dense: float = 0.0) -> Passage:
+    """Snapshots that each hide behind what follows: one out behind the windows to the next, one in behind an adjoint.
+
+    Stall = t_in + sparse·max(0, t_out - gap·t_F) + dense·max(0, t_out - t_F) + n·max(0, t_in - t_B),
+    of which t_in alone, for the first snapshot that comes back, is left where windows have
+    h ≥ max(t_out/t_f, t_in/t_b) steps.
+
+    Args:
+        job: The job in windows.
+        sparse: Snapshots kept at a distance of `gap` windows.
+        gap: That distance.
+        dense: Snapshots kept within intervals, where the next one may follow after a window.
+    """
+    waited = sparse * max(0.0, job.out - gap * job.advance) + dense * max(0.0, job.out - job.advance)
+    waited += job.windows * max(0.0, job.back - job.adjoint)
+    return Passage(sparse + dense, job.windows, job.back + waited)
 
 
 # Memory alone -----------------------------------------------------------------------------------
@@ -170,8 +266,11 @@ def predict_revolve(problem: Problem, costs: Costs, footprint: Footprint, *, fin
     """
     job = pace(problem, costs, footprint)
     advanced = advances(job.windows, footprint.slots) + _final_windows(job.windows, footprint.slots, final_state)
-    seconds = advanced * job.advance + job.windows * job.adjoint
-    return tally(problem, costs, footprint, seconds=seconds, advanced=advanced * job.steps)
+    kept = job.windows if footprint.slots >= job.windows else stores(job.windows, footprint.slots)
+    moved = passage(job, dense=kept)
+    seconds = advanced * job.advance + job.windows * job.adjoint + moved.stall
+    steps = advanced * job.steps + job.windows * job.inner
+    return tally(problem, costs, footprint, seconds=seconds, advanced=steps, moved=moved)
 
 
 def _final_windows(windows: int, slots: int, final_state: bool) -> int:
@@ -260,8 +359,9 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
     I = max(1, t_W/t_F), or `fixed`, in which case the forward sweep waits where storage
     does not keep up: t_W/I - t_F a window.  In reverse an interval of l windows costs
     a(l) advances, and stalls max(0, t_R - a(l)·t_F - l·t_B); with one slot nothing
-    overlaps and it stalls t_R.  A spacing between integers is a mixture of the two; with a slot
-    to spare, which takes reads further ahead, what one interval has left over hides the next one's read.
+    overlaps and it stalls t_R.  With a device t_R + t_in is in place of t_R.  A spacing
+    between integers is a mixture of the two; with a slot to spare, which takes reads further
+    ahead, what one interval has left over hides the next one's read.
     """
     ratio = job.write / job.advance
     spacing = float(min(max(1.0, ratio) if fixed is None else fixed, job.windows))
@@ -271,10 +371,10 @@ def spaced(job: Pace, slots: int, *, fixed: int | None = None) -> Spaced:
     for length, share in ((below, share_below), (above, 1.0 - share_below)):
         if share <= 0.0:
             continue
-        again = interval_advances(length, slots, read=job.read / job.advance, adjoint=job.adjoint / job.advance)
+        again = interval_advances(length, slots, read=job.fetch / job.advance, adjoint=job.adjoint / job.advance)
         hidden = again * job.advance + length * job.adjoint if slots > 1 else 0.0
         advanced += share * again
-        stalled += share * max(0.0, job.read - hidden)
+        stalled += share * max(0.0, job.fetch - hidden)
         spare += share * (hidden - job.read)
     if slots > above:
         stalled = max(0.0, -spare)
@@ -401,17 +501,19 @@ def predict_asynchronous(
     advanced += _final_windows(tail, memory_slots, final_state)
     stalled = waited + greedy * interior.reverse_stall
     writes = _writes(greedy, interior.spacing)
+    moved = _moved_between(job, slots, interior, writes, tail)
     # The last interval starts from memory; where intervals leave slots over, some more do.
     spared = 1 if tail > 1 else 1 + floor((slots - 1) / max(1.0, interior.spacing))
     return tally(
         problem,
         costs,
         footprint,
-        seconds=advanced * job.advance + job.windows * job.adjoint + stalled,
-        advanced=advanced * job.steps,
+        seconds=advanced * job.advance + job.windows * job.adjoint + stalled + moved.stall,
+        advanced=advanced * job.steps + job.windows * job.inner,
         stalled=stalled,
         snapshots_written=writes,
         snapshots_read=max(0, writes - spared),
+        moved=moved,
     )
 
 
@@ -436,6 +538,13 @@ def _predict_dense(
     )
 
 
+def _moved_between(job: Pace, slots: int, interior: Spaced, writes: int, tail: int) -> Passage:
+    """Over the link: what is stored on the way, and what Revolve keeps between and after."""
+    within = stores(max(1, round(interior.spacing)), slots) - 1.0
+    dense = writes * within + stores(tail, max(1, slots - 1))
+    return passage(job, sparse=writes, gap=interior.spacing, dense=dense)
+
+
 def tally(
     problem: Problem,
     costs: Costs,
@@ -448,12 +557,18 @@ def tally(
     snapshots_read: int = 0,
     blocks_written: int = 0,
     blocks_read: int = 0,
+    moved: Passage | None = None,
+    blocks_moved: int = 0,
 ) -> Prediction:
-    """A prediction from seconds, steps advanced and items moved; each transfer adds what it costs compute."""
+    """A prediction from seconds, steps advanced and items moved: to and from storage, and over the link.
+
+    Each transfer to or from storage adds what it costs compute.
+    """
     state, block = problem.state_nbytes, footprint.window * (problem.residual_nbytes or 0)
     seconds += (snapshots_written + snapshots_read) * (costs.handling_seconds(state) + costs.save)
     seconds += (blocks_written + blocks_read) * costs.handling_seconds(block)
     written = snapshots_written * state + blocks_written * block
+    link = moved if moved is not None and problem.device is not None else Passage()
     return Prediction(
         time_seconds=seconds,
         ideal_seconds=horizon(problem) * recorded_seconds(costs),
@@ -465,4 +580,8 @@ def tally(
         bytes_written=written,
         bytes_read=snapshots_read * state + blocks_read * block,
         stall_seconds=stalled,
+        peak_device_bytes=footprint.device_nbytes(problem),
+        bytes_out=round(link.out * state) + blocks_moved * block,
+        bytes_in=round(link.back * state) + blocks_moved * block,
+        link_stall_seconds=link.stall,
     )

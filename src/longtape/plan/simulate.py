@@ -1,17 +1,18 @@
 """The event model: runs a plan against a clock of its own and says what it would take.
 
-Owns a simulated machine with one computing thread, one writer and one reader.  It is
-also the first judge of a plan: every state carries its number, and an action that
-uses the wrong one raises `PlanError`.
+Owns a simulated machine with one computing thread, one writer and one reader, and if
+need be a device with a link each way.  It is also the first judge of a plan: every state
+carries its number, and an action that uses the wrong one raises `PlanError`.
 
 Source of the model: durations are constant, or drawn by the functions given; writes
-and reads are served first come, first served, each kind one at a time.
+and reads are served first come, first served, each kind one at a time.  So are the copies
+over the link (`copies`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 
 from longtape.actions import (
@@ -33,9 +34,9 @@ from longtape.actions import (
 )
 from longtape.errors import PlanError
 from longtape.plan.asynchronous import AsynchronousPlan, Layout, Rules
+from longtape.plan.binomial import advances
+from longtape.plan.copies import Channel, Duration, Link
 from longtape.plan.stock import Stock
-
-Duration = Callable[[Key], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +55,14 @@ class Outcome:
     peak_slots: int
     peak_blocks: int
     peak_stored: int
-
-
-@dataclass(slots=True)
-class _Channel:
-    """One writer or reader: the transfer in progress and those that wait."""
-
-    duration: Duration
-    current: Key | None = None
-    ends: float = inf
-    began: float = 0.0
-    queue: list[Key] = field(default_factory=list)
-
-    def start_next(self, now: float) -> None:
-        if self.current is None and self.queue:
-            self.current = self.queue.pop(0)
-            self.began, self.ends = now, now + self.duration(self.current)
+    bytes_out: int = 0
+    """Over the link of a device, as `item_nbytes` says."""
+    bytes_in: int = 0
+    out_seconds: float = 0.0
+    """For which the link was busy."""
+    in_seconds: float = 0.0
+    link_stall_seconds: float = 0.0
+    """For which compute waited for the link, beside `stall_seconds`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +77,17 @@ class Speeds:
     read: Duration
     record: float | None = None
     pull_back: float | None = None
+    copy_out: Duration | None = None
+    """Seconds of an item over the link of a device to memory; None: the steps run where items are kept."""
+    copy_in: Duration | None = None
+    staging: int = 4
+    """Buffers on the device for items on their way, out or in."""
+    device_slots: int = 0
+    """Snapshots by which Revolve reverses a window there, which then takes t(h, s₁) more steps; 0: none."""
+
+    def again(self, length: int) -> int:
+        """Steps advanced within the adjoint of a window of so many."""
+        return advances(length, self.device_slots) if self.device_slots else 0
 
 
 def _in_all(seconds: float | Callable[[int], float], start: int, stop: int) -> float:
@@ -95,38 +99,80 @@ class _Machine:
     def __init__(self, stock: Stock, speeds: Speeds, steps: int) -> None:
         self.stock, self.speeds, self.steps = stock, speeds, steps
         self.now = 0.0
-        self.writer, self.reader = _Channel(speeds.write), _Channel(speeds.read)
+        self.writer, self.reader = Channel(speeds.write), Channel(speeds.read)
+        self.link: Link | None = None
+        if speeds.copy_out is not None and speeds.copy_in is not None:
+            self.link = Link(speeds.copy_out, speeds.copy_in, speeds.staging)
+        self.channels = [self.writer, self.reader, *([self.link.out, self.link.back] if self.link else [])]
         self.work: int | None = 0
         self.adjoint = steps
         self.turned = False
         self.advances = self.recorded = self.writes = self.reads = self.peak_stored = 0
-        self.stalls = self.forward_stalls = 0.0
+        self.stalls = self.forward_stalls = self.link_stalls = 0.0
 
     def pass_time(self, until: float) -> None:
         """Let transfers that end by `until` end, then make it that time."""
         while True:
-            channel = min(self.writer, self.reader, key=lambda c: c.ends)
+            channel = min(self.channels, key=lambda c: c.ends)
             if channel.ends > until + 1e-12:
                 break
             self._complete(channel)
         self.now = until
-        self.writer.start_next(until)
-        self.reader.start_next(until)
+        self._start(until)
 
-    def _complete(self, channel: _Channel) -> None:
-        key, ended = channel.current, channel.ends
-        assert key is not None
+    def _start(self, now: float) -> None:
+        """Begin whatever can: a write once its item has left the device, the next copy in once it is in memory."""
+        if self.link is None or not self.writer.queue or self.link.is_here(self.writer.queue[0]):
+            self.writer.start_next(now)
+        self.reader.start_next(now)
+        if self.link is not None:
+            self.link.start(now, lambda key: self.stock.shelf(key.kind).resident(key.step))
+
+    def _complete(self, channel: Channel) -> None:
+        key, ended = channel.end()
         self.now = ended
-        channel.current, channel.ends = None, inf
-        if channel is self.writer:
+        if self.link is not None and channel in (self.link.out, self.link.back):
+            self.link.complete(channel, key)
+        elif channel is self.writer:
             self.writes += 1
             self.stock.end_write(key, ok=True, seconds=ended - channel.began)
             self.peak_stored = max(self.peak_stored, len(self.stock.snapshots.stored))
         else:
             self.reads += 1
             self.stock.end_read(key, ok=True, seconds=ended - channel.began)
-        self.writer.start_next(ended)
-        self.reader.start_next(ended)
+        self._start(ended)
+
+    # The link of a device -------------------------------------------------------------------
+
+    def stage(self) -> None:
+        """Wait for a buffer that an item can leave from."""
+        began = self.now
+        while self.link is not None and self.link.is_full():
+            self.pass_time(self.link.out.ends)
+        self.link_stalls += self.now - began
+
+    def send(self, key: Key) -> None:
+        """The item is in a buffer of the device, and begins to leave."""
+        if self.link is not None:
+            self.link.send(key, self.stock.item_nbytes[key.kind])
+            self._start(self.now)
+
+    def fetch(self, key: Key) -> None:
+        """Wait until the item is on the device, where compute takes it."""
+        link, began = self.link, self.now
+        if link is None:
+            return
+        while not link.has(key):
+            link.ask(key, self.now)
+            self.pass_time(link.back.ends if link.back.current else link.out.ends)
+        link.take(key)
+        self.link_stalls += self.now - began
+
+    def look_down(self, adjoint: int) -> None:
+        """From now on the next item that comes in is the highest one kept below the adjoint."""
+        if self.link is not None:
+            self.link.below = adjoint
+            self._start(self.now)
 
     def run_steps(self, start: int, stop: int, seconds: float) -> None:
         if self.work != start:
@@ -152,22 +198,52 @@ class _Machine:
             self.stock.steps = self.steps
         stop = min(action.stop, self.steps)
         self.stock.put(Key(Kind.RESIDUALS, action.start))
+        self.stage()
         record = self.speeds.record
         plain = self.forward_seconds(action.start, stop)
         self.run_steps(action.start, stop, plain if record is None else record * (stop - action.start))
         self.recorded += stop - action.start
+        self.send(Key(Kind.RESIDUALS, action.start))
 
-    def reverse(self, start: int, stop: int, seconds: float | Callable[[int], float]) -> None:
-        if self.adjoint != min(stop, self.steps) or not self.turned:
+    def reverse(self, action: Reverse) -> None:
+        """From the working state: the adjoint of the window, and what is advanced again within it."""
+        start, stop = action.start, min(action.stop, self.steps)
+        if self.work != start:
+            raise PlanError(f"adjoint of [{start}, {action.stop}) while the working state is {self.work}")
+        again = self.speeds.again(stop - start)
+        repeated = again * self.forward_seconds(start, stop) / (stop - start) if again else 0.0
+        began = self.now
+        self.come_down(start, stop, _in_all(self.speeds.reverse, start, stop) + repeated)
+        self.advances += again
+        self.stock.reverse.add((self.now - began) / (stop - start))
+
+    def pull_back(self, action: PullBack) -> None:
+        start, stop = action.start, min(action.stop, self.steps)
+        key = Key(Kind.RESIDUALS, start)
+        if not self.stock.residuals.resident(start):
+            raise PlanError(f"residuals {start} are not in memory")
+        self.fetch(key)
+        if self.link is not None:
+            self.link.in_use = 1
+        seconds = self.speeds.pull_back
+        self.come_down(start, stop, _in_all(self.speeds.reverse if seconds is None else seconds, start, stop))
+        if self.link is not None:
+            self.link.in_use = 0
+
+    def come_down(self, start: int, stop: int, seconds: float) -> None:
+        if self.adjoint != stop or not self.turned:
             raise PlanError(f"adjoint of [{start}, {stop}) asked for while it stands at {self.adjoint}")
-        self.pass_time(self.now + _in_all(seconds, start, min(stop, self.steps)))
+        self.look_down(start)
+        self.pass_time(self.now + seconds)
         self.adjoint, self.work = start, None
 
     def wait(self) -> None:
-        until = min(self.writer.ends, self.reader.ends)
-        if until == inf:
-            raise PlanError("waiting for a transfer while none is in progress")
-        waited = max(0.0, until - self.now)
+        began = self.now
+        while (until := min(self.writer.ends, self.reader.ends)) == inf:
+            if self.link is None or not self.writer.queue or self.link.out.current is None:
+                raise PlanError("waiting for a transfer while none is in progress")
+            self.pass_time(self.link.out.ends)
+        waited = max(0.0, until - began)
         self.stalls += waited
         self.forward_stalls += 0.0 if self.turned else waited
         self.pass_time(max(until, self.now))
@@ -180,9 +256,9 @@ class _Machine:
             self.writer.queue.remove(key)
         self.stock.free(key, cancelled=cancelled)
 
-    def transfer(self, channel: _Channel, key: Key) -> None:
+    def transfer(self, channel: Channel, key: Key) -> None:
         channel.queue.append(key)
-        channel.start_next(self.now)
+        self._start(self.now)
 
     def perform(self, action: Action) -> None:  # noqa: C901 - one case an action
         match action:
@@ -190,24 +266,21 @@ class _Machine:
                 self.advance(action)
             case Record():
                 self.record(action)
-            case Reverse(start, stop):
-                if self.work != start:
-                    raise PlanError(f"adjoint of [{start}, {stop}) while the working state is {self.work}")
-                began = self.now
-                self.reverse(start, stop, self.speeds.reverse)
-                self.stock.reverse.add((self.now - began) / (min(stop, self.steps) - start))
-            case PullBack(start, stop):
-                if not self.stock.residuals.resident(start):
-                    raise PlanError(f"residuals {start} are not in memory")
-                seconds = self.speeds.pull_back
-                self.reverse(start, stop, self.speeds.reverse if seconds is None else seconds)
+            case Reverse():
+                self.reverse(action)
+            case PullBack():
+                self.pull_back(action)
             case Store(step):
                 if self.work != step:
                     raise PlanError(f"snapshot {step} asked for while the working state is {self.work}")
                 self.stock.put(Key(Kind.SNAPSHOT, step))
+                self.stage()
+                self.send(Key(Kind.SNAPSHOT, step))
             case Restore(step):
                 if step and not self.stock.snapshots.resident(step):
                     raise PlanError(f"snapshot {step} is not in memory")
+                if self.stock.snapshots.resident(step):
+                    self.fetch(Key(Kind.SNAPSHOT, step))
                 self.work = step
             case Write(key):
                 self.stock.begin_write(key)
@@ -222,10 +295,13 @@ class _Machine:
             case Discard(key):
                 self.give_up(key)
                 self.stock.forget(key)
+                if self.link is not None:
+                    self.link.forget(key)
             case Await():
                 self.wait()
             case Turn():
                 self.turned = True
+                self.look_down(self.steps)
 
 
 def simulate(
@@ -281,6 +357,8 @@ def simulate(
         peak_slots=stock.snapshots.high_water,
         peak_blocks=stock.residuals.high_water,
         peak_stored=machine.peak_stored,
+        link_stall_seconds=machine.link_stalls,
+        **(machine.link or Link(speeds.write, speeds.read, 0)).figures(),
     )
 
 
@@ -312,7 +390,9 @@ def _set_up(
     machine = _Machine(stock, speeds, steps)
     probe, block = Key(Kind.SNAPSHOT, 0), Key(Kind.RESIDUALS, 0)
     stock.forward.add(believed.forward(0) if callable(believed.forward) else believed.forward)
-    stock.reverse.add(believed.reverse(steps - 1) if callable(believed.reverse) else believed.reverse)
+    window = min(layout.window if layout else 1, steps)
+    within = stock.forward.value * believed.again(window) / window
+    stock.reverse.add((believed.reverse(steps - 1) if callable(believed.reverse) else believed.reverse) + within)
     stock.write.add(believed.write(probe))
     stock.read.add(believed.read(probe))
     stock.block_write.add(believed.write(block))

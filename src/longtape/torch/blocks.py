@@ -6,6 +6,9 @@ nothing of Dynamo, programs, or where the buffer's bytes travel in between.
 A block holds a *head* and then one *stride* per step; the first step has the head and
 its stride.  A carry leaf that backward needs is the last step's result: where that step
 has stored it in the same block, it is not stored twice.
+
+A buffer in the host's memory comes as an array, one on a device as a tensor; then everything
+here is one more thing for the device to do, in the order of its computations.
 """
 
 from __future__ import annotations
@@ -42,10 +45,14 @@ class RoomExceeded(LongtapeError):
 class Staging:
     """Fixed places for one step's residuals, and the views of them that programs read and write."""
 
-    def __init__(self, graph: StepGraph) -> None:
-        self.buffer = np.empty(max(graph.nbytes, 1), np.uint8)
-        memory = torch.from_numpy(self.buffer)
-        self.views = [_view(memory, 0, residual) for residual in graph.residuals]
+    def __init__(self, graph: StepGraph, device: torch.device | None) -> None:
+        nbytes = max(graph.nbytes, 1)
+        self.buffer = np.empty(nbytes if device is None else 0, np.uint8)
+        """The memory as an array, where it is the host's."""
+        self.memory = (
+            torch.from_numpy(self.buffer) if device is None else torch.empty(nbytes, dtype=torch.uint8, device=device)
+        )
+        self.views = [_view(self.memory, 0, residual) for residual in graph.residuals]
 
 
 class Block:
@@ -55,9 +62,13 @@ class Block:
     block keeps no values, only views.  At most one thread at a time.
     """
 
-    def __init__(self, data: Bytes, head_nbytes: int, stride_nbytes: int, staging: dict[object, Staging]) -> None:
-        self._data = data
-        self._memory = torch.from_numpy(data)
+    def __init__(
+        self, data: Bytes | torch.Tensor, head_nbytes: int, stride_nbytes: int, staging: dict[object, Staging]
+    ) -> None:
+        self._data = None if isinstance(data, torch.Tensor) else data
+        """The bytes as an array, where they are the host's."""
+        self._memory = data if isinstance(data, torch.Tensor) else torch.from_numpy(data)
+        self._device = data.device if isinstance(data, torch.Tensor) else None
         self._head = head_nbytes
         self._stride = stride_nbytes
         self._staging = staging
@@ -91,7 +102,10 @@ class Block:
         if graph.nbytes <= _SMALL:
             staging = self._staged(graph, "own")
             torch._foreach_copy_(staging.views[:count], sources)
-            self._data[start : start + needed] = staging.buffer[:needed]
+            if self._data is None:
+                self._memory[start : start + needed].copy_(staging.memory[:needed])
+            else:
+                self._data[start : start + needed] = staging.buffer[:needed]
         else:
             views = self._views_at(position, graph)
             torch._foreach_copy_(views[:count] if linked else views, sources)
@@ -116,15 +130,29 @@ class Block:
                     earlier = self._views_at(position - 1, before)
                     links = [earlier[before.stored_carry[k]] for k in graph.linked_leaves]
                     self._views[key] = self._views[key][: len(graph.residuals) - graph.linkable] + links
-            return _on_devices(graph, self._views[key])
+            return self._moved(graph, self._views[key])
         start, _ = self._place(position)
         needed = graph.nbytes if before is None else graph.linked_nbytes
         staging = self._staged(graph, "own")
-        staging.buffer[:needed] = self._data[start : start + needed]
+        self._unpack(staging, slice(0, needed), start)
         if before is None:
-            return _on_devices(graph, staging.views)
+            return self._moved(graph, staging.views)
         stored = staging.views[: len(graph.residuals) - graph.linkable]
-        return _on_devices(graph, stored + self._links(position, graph, before))
+        return self._moved(graph, stored + self._links(position, graph, before))
+
+    def _unpack(self, staging: Staging, place: slice, start: int) -> None:
+        """Copy a part of a step's residuals, whose part of the buffer begins at `start`."""
+        begin, end = start + place.start, start + place.stop
+        if self._data is None:
+            staging.memory[place].copy_(self._memory[begin:end])
+        else:
+            staging.buffer[place] = self._data[begin:end]
+
+    def _moved(self, graph: StepGraph, views: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The residuals where backward wants them."""
+        if graph.devices <= {self._memory.device}:
+            return views
+        return [view.to(residual.device) for view, residual in zip(views, graph.residuals, strict=True)]
 
     def _links(self, position: int, graph: StepGraph, before: StepGraph) -> list[torch.Tensor]:
         start, _ = self._place(position - 1)
@@ -134,7 +162,7 @@ class Block:
             number = before.stored_carry[leaf]
             residual = before.residuals[number]
             place = slice(residual.offset, residual.offset + residual.nbytes)
-            staging.buffer[place] = self._data[start + place.start : start + place.stop]
+            self._unpack(staging, place, start)
             views.append(staging.views[number])
         return views
 
@@ -145,9 +173,10 @@ class Block:
         return self._head + position * self._stride, self._stride
 
     def _staged(self, graph: StepGraph, use: str) -> Staging:
-        staging = self._staging.get((graph, use))
+        key = (graph, use, self._device)
+        staging = self._staging.get(key)
         if staging is None:
-            staging = self._staging[graph, use] = Staging(graph)
+            staging = self._staging[key] = Staging(graph, self._device)
         return staging
 
     def _views_at(self, position: int, graph: StepGraph) -> list[torch.Tensor]:
@@ -186,9 +215,3 @@ def _view(memory: torch.Tensor, start: int, residual: Residual) -> torch.Tensor:
     begin = start + residual.offset
     flat = memory[begin : begin + residual.nbytes].view(residual.dtype)
     return flat.as_strided(residual.size, residual.stride)
-
-
-def _on_devices(graph: StepGraph, views: list[torch.Tensor]) -> list[torch.Tensor]:
-    if graph.on_host:
-        return views
-    return [view.to(residual.device) for view, residual in zip(views, graph.residuals, strict=True)]

@@ -65,7 +65,7 @@ class Call(threading.local):
         self.inputs: tuple[torch.Tensor, ...] = ()
         self.outputs: tuple[torch.Tensor, ...] = ()
         self.residuals: list[torch.Tensor] = []
-        self.rng_state: torch.Tensor | None = None
+        self.rng_states: dict[torch.device, torch.Tensor] = {}
         """Before the call, where it compiled a graph that draws random numbers."""
         self.settled = False
         """Inside `CapturedStep.settings`."""
@@ -230,7 +230,7 @@ class CapturedStep:
 
         graph = trace(in_order, inputs, signature)
         self.graphs.append(graph)
-        call.rng_state = torch.get_rng_state() if graph.uses_rng else None
+        call.rng_states = _rng_states(inputs) if graph.uses_rng else {}
         return _dispatcher(call, graph, [order.index(k) for k in range(len(order))], compiled=self.compiled)
 
     def _learn_structure(self, call: Call, graph: StepGraph, tree: Any) -> None:
@@ -249,13 +249,27 @@ class CapturedStep:
             self.failure = f"the step returned a y of another structure ({y_spec} after {self.y_spec})"
         if self.failure is not None:
             self.failure = " ".join(self.failure.split())
-            if call.rng_state is not None:
-                torch.set_rng_state(call.rng_state)
+            _set_back(call.rng_states)
             raise CaptureFailed(self.failure)
         self.y_spec = y_spec
         numbers = iter(range(len(outputs)))
         slots = [None if leaf is None else next(numbers) for leaf in [*leaves, *y_leaves]]
         graph.carry_slots, graph.y_slots = slots[: len(leaves)], slots[len(leaves) :]
+
+
+def _rng_states(inputs: Sequence[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
+    """Of the default generators that a step with these inputs may draw from."""
+    devices = {tensor.device for tensor in inputs if tensor.device.type not in ("cpu", "meta")}
+    states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
+    return {torch.device("cpu"): torch.get_rng_state(), **states}
+
+
+def _set_back(states: dict[torch.device, torch.Tensor]) -> None:
+    for device, state in states.items():
+        if device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _operands(module: torch.fx.GraphModule, carry_leaves: int) -> list[Operand]:

@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from longtape.errors import StepError
-from longtape.protocols import Bytes, Slot
+from longtape.protocols import Bytes
 from longtape.torch.blocks import Block
 from longtape.torch.capture import CapturedStep
 from longtape.torch.eager import Cotangents, ones_like
@@ -56,6 +55,7 @@ class CapturedSteps:
         like: Leaves of one carry.
         wants_x: Which leaves of x need a cotangent.
         compiled: Hand the graphs to PyTorch's compiler.
+        room: Gives memory for the residuals of steps that are only tried.
 
     Raises:
         CaptureFailed: The step was found impossible to capture before.
@@ -70,7 +70,9 @@ class CapturedSteps:
         wants_x: list[bool],
         *,
         compiled: bool = False,
+        room: Callable[[int], Bytes | torch.Tensor],
     ) -> None:
+        self._room = room
         x = inputs.leaves(0)
         self._captured = _captured(step, carry, inputs.structure, [*like, *x], compiled)
         if self._captured.failure is not None:
@@ -105,17 +107,13 @@ class CapturedSteps:
             raise CaptureFailed(disagreement)
         _checked[self._captured] = rounding
 
+    def as_block(self, memory: Bytes | torch.Tensor) -> Block:
+        """Memory of `block_nbytes` bytes as a residual block; keep it with the memory."""
+        return self._tape.block(memory)
+
     def spare_block(self, steps: int = 1) -> Block:
         """Room for the residuals of some steps, outside any budget."""
-        return self.spare(steps)[1]
-
-    def spare(self, steps: int) -> tuple[Bytes, Block]:
-        """Room for the residuals of some steps, outside any budget, and what it is made of."""
-        nbytes = self.block_nbytes(steps)
-        room = np.zeros(nbytes + 64, np.uint8)
-        start = -room.ctypes.data % 64
-        data = room[start : start + nbytes]
-        return data, self._tape.block(data)
+        return self.as_block(self._room(self.block_nbytes(steps)))
 
     @property
     def only_graph(self) -> StepGraph | None:
@@ -190,12 +188,6 @@ class CapturedSteps:
     def needs_x(self, number: int) -> bool:
         """Whether `pull_back` reads x."""
         return self._tape.needs_x(number)
-
-    def block(self, slot: Slot) -> Block:
-        """The slot as a residual block; made once a slot."""
-        if slot.views is None:
-            slot.views = self._tape.block(slot.data)
-        return slot.views  # type: ignore[no-any-return]
 
     def block_nbytes(self, steps: int) -> int:
         """Bytes of a block of consecutive steps; known after the first call."""

@@ -109,9 +109,9 @@ class StepGraph:
         return [k for k, operand in enumerate(self.operands) if operand.role == "closed"]
 
     @cached_property
-    def on_host(self) -> bool:
-        """Whether all residuals are CPU tensors."""
-        return all(r.device.type == "cpu" for r in self.residuals)
+    def devices(self) -> frozenset[torch.device]:
+        """Where the residuals are when backward reads them."""
+        return frozenset(r.device for r in self.residuals)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ one go, or as captured graphs (`CapturedSteps`), with residuals recorded as byte
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -16,16 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from longtape.actions import Kind
+from longtape.actions import Action, Advance, Discard, Free, Kind, Restore, Reverse, Store
 from longtape.errors import StepError
 from longtape.layout import Fields
 from longtape.measure import JobCosts
+from longtape.plan.within import within
 from longtape.protocols import Bytes, Floats, Slot
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
+from longtape.torch.places import Form, HostPlace, Place
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
 from longtape.witness import Witness
@@ -113,6 +114,7 @@ class ScanJob:
         steps: N, or None.
         randomness: Noted before the first step ran.
         ends: Where N is None, asked before every step of the forward sweep.
+        place: Where items are kept; None: in the memory of the host.
     """
 
     def __init__(
@@ -124,7 +126,9 @@ class ScanJob:
         randomness: Randomness,
         *,
         ends: Ends | None = None,
+        place: Place | None = None,
     ) -> None:
+        self.place: Place = HostPlace() if place is None else place
         self.stepper, self.inputs, self.steps = stepper, inputs, steps
         self.init = [leaf.detach() for leaf in init]
         self.outputs = Outputs(steps or 0)
@@ -142,7 +146,8 @@ class ScanJob:
         self._measured: JobCosts | None = None
         self._rounded: StepGraph | None = None
         self._spare: Block | None = None
-        """Room for the residuals of a single step, where a captured step is reversed at once."""
+        """Room for the residuals of a window, where captured steps are reversed at once."""
+        self._spare_nbytes = 0
         self.tape_nbytes = 0
         self.load_initial()
 
@@ -150,40 +155,19 @@ class ScanJob:
 
     def layout(self) -> Fields:
         """How a snapshot is laid out; decides once and for all whether random state is part of it."""
-        sizes = [leaf.numel() * leaf.element_size() for leaf in self.init]
         self._keeps_random = self.randomness.used
-        if self._keeps_random:
-            sizes.append(self.randomness.at_start.numel())
-        self._fields = Fields(sizes)
-        return self._fields
-
-    def _views(self, slot: Slot) -> Leaves:
-        if slot.views is None:
-            parts = [torch.from_numpy(part) for part in self._fields.split(slot.data)]
-            typed = [
-                part.view(leaf.dtype).view(leaf.shape) if leaf.numel() else leaf.new_empty(leaf.shape)
-                for part, leaf in zip(parts, self.init, strict=False)
-            ]
-            slot.views = typed + parts[len(self.init) :]
-        return slot.views  # type: ignore[no-any-return]
+        self._form = Form(self.init, self.randomness.at_start.numel() if self._keeps_random else 0)
+        self.place.lay_out(self._form)
+        return self._form.fields
 
     def save(self, slot: Slot) -> Slot:
-        views = self._views(slot)
-        with torch.no_grad():
-            for view, leaf in zip(views, self.carry, strict=False):
-                view.copy_(leaf)
-        if self._keeps_random:
-            views[-1].copy_(self.randomness.state())
+        self.place.save(slot, self.carry, self.randomness.state() if self._keeps_random else None)
         return slot
 
     def load(self, slot: Slot) -> None:
-        views = self._views(slot)
-        self.carry = [
-            view.clone() if leaf.device == view.device else view.to(leaf.device)
-            for view, leaf in zip(views, self.init, strict=False)
-        ]
-        if self._keeps_random:
-            self.randomness.set(views[-1])
+        self.carry, random = self.place.load(slot)
+        if random is not None:
+            self.randomness.set(random)
 
     def load_initial(self) -> None:
         # A copy: the step may update its carry in place, and the caller's tensors are not ours to change.
@@ -278,6 +262,35 @@ class ScanJob:
         return self._xs_bar
 
     def reverse(self, start: int, stop: int) -> None:
+        slots = self.place.inner_slots
+        if slots and stop - start > 1:
+            self._reverse_in_parts(start, within(stop - start, slots))
+        else:
+            self._reverse_at_once(start, stop)
+
+    def _reverse_in_parts(self, start: int, actions: Sequence[Action]) -> None:
+        """Reverse a window by Revolve, on snapshots of its own; the actions count from its start."""
+        places: dict[int, tuple[int, torch.Tensor | None]] = {}
+        free = list(range(self.place.inner_slots))
+        for action in actions:
+            match action:
+                case Advance(begin, end):
+                    self.run_plainly(start + begin, start + end)
+                case Store(step):
+                    places[step] = free.pop(), self.randomness.state() if self._keeps_random else None
+                    self.place.keep(places[step][0], self.carry)
+                case Restore(step):
+                    number, random = places[step]
+                    self.carry = self.place.kept(number)
+                    if random is not None:
+                        self.randomness.set(random)
+                case Reverse(begin, end):
+                    self._reverse_at_once(start + begin, start + end)
+                case Free(key) | Discard(key):
+                    if key.step in places:
+                        free.append(places.pop(key.step)[0])
+
+    def _reverse_at_once(self, start: int, stop: int) -> None:
         if isinstance(self.stepper, CapturedSteps):
             self._reverse_captured(self.stepper, start, stop)
             return
@@ -309,7 +322,18 @@ class ScanJob:
     def record(self, start: int, stop: int, slot: Slot) -> int:
         steps = self.stepper
         assert isinstance(steps, CapturedSteps)
-        block, numbers = steps.block(slot), []
+        block = self.place.filling(slot, steps.as_block)
+        stop, numbers = self._record_into(steps, block, start, stop)
+        self.place.filled(slot, steps.block_nbytes(stop - start))
+        self._check_randomness()
+        if self._rounded is not None and steps.only_graph is not self._rounded:
+            raise RoomExceeded("a step took another path, whose residuals lie elsewhere in a block")
+        self._numbers[start] = self._patterns.setdefault(numbers, numbers)
+        return stop
+
+    def _record_into(self, steps: CapturedSteps, block: Block, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
+        """Run steps and put their residuals into a block; returns the state reached, and the graph each took."""
+        numbers = []
         index = start
         try:
             for index in range(start, stop):
@@ -322,19 +346,19 @@ class ScanJob:
         except Exception as error:
             _name_step(error, index)
             raise
-        self._check_randomness()
-        if self._rounded is not None and steps.only_graph is not self._rounded:
-            raise RoomExceeded("a step took another path, whose residuals lie elsewhere in a block")
-        pattern = tuple(numbers)
-        self._numbers[start] = self._patterns.setdefault(pattern, pattern)
-        return stop
+        return stop, tuple(numbers)
 
     def pull_back(self, start: int, stop: int, slot: Slot) -> None:
         steps = self.stepper
         assert isinstance(steps, CapturedSteps)
-        block, numbers = steps.block(slot), self._numbers.pop(start)
-        for index in range(stop - 1, start - 1, -1):
-            self._pull_back_step(steps, index, numbers[index - start], block, index - start)
+        numbers = self._numbers.pop(start)
+        self._pull_back_from(steps, self.place.reading(slot, steps.as_block), start, numbers[: stop - start])
+        self.place.read(slot)
+
+    def _pull_back_from(self, steps: CapturedSteps, block: Block, start: int, numbers: tuple[int, ...]) -> None:
+        """The adjoint of the steps whose residuals are in a block."""
+        for position in reversed(range(len(numbers))):
+            self._pull_back_step(steps, start + position, numbers[position], block, position)
 
     def _pull_back_step(self, steps: CapturedSteps, index: int, number: int, block: Block, position: int) -> None:
         structure = self.inputs.structure
@@ -346,17 +370,12 @@ class ScanJob:
             self._keep_x_bar(index, totals(x_bar))
 
     def _reverse_captured(self, steps: CapturedSteps, start: int, stop: int) -> None:
-        """The adjoint of one step, whose tape is its own working set and in no slot."""
-        assert stop == start + 1
-        if self._spare is None:
-            self._spare = steps.spare_block()
-        try:
-            self.carry, y, number = steps.record(start, self.carry, self.inputs.leaves(start), self._spare, 0)
-            self._put(start, y)
-        except Exception as error:
-            _name_step(error, start)
-            raise
-        self._pull_back_step(steps, start, number, self._spare, 0)
+        """The adjoint of a window whose tape is in no slot: of one step, or on a device of several."""
+        nbytes = steps.block_nbytes(stop - start)
+        if self._spare is None or self._spare_nbytes < nbytes:
+            self._spare, self._spare_nbytes = steps.as_block(self.place.window_room(nbytes)), nbytes
+        _, numbers = self._record_into(steps, self._spare, start, stop)
+        self._pull_back_from(steps, self._spare, start, numbers)
 
     def _keep_x_bar(self, step: int, x_bar: Cotangents) -> None:
         for stack, bar in zip(self._xs_bar, x_bar, strict=False):
@@ -386,7 +405,7 @@ class ScanJob:
         return self._measured
 
     def _time(self) -> JobCosts:
-        clock = time.perf_counter
+        clock = self.place.now
 
         def forward() -> float:
             self.load_initial()
@@ -440,20 +459,25 @@ class ScanJob:
         if not isinstance(steps, CapturedSteps):
             for index in range(min(known, MOST_SAMPLED)):
                 self.carry, _ = steps.advance(index, self.carry, self.inputs.leaves(index))
-            return Kind.SNAPSHOT, self.save(Slot(np.zeros(self.layout().nbytes, np.uint8))).data
+            host, slot = HostPlace(), Slot(np.zeros(self._form.fields.nbytes, np.uint8))
+            host.lay_out(self._form)
+            host.save(slot, self.carry, self.randomness.state() if self._keeps_random else None)
+            return Kind.SNAPSHOT, slot.data
         count = max(1, min(known, MOST_SAMPLED, SAMPLE_NBYTES // max(1, steps.stride_nbytes)))
-        data, block = steps.spare(count)
+        room = self.place.room(steps.block_nbytes(count))
+        block = steps.as_block(room)
         for index in range(count):
             self.carry, _, _ = steps.record(index, self.carry, self.inputs.leaves(index), block, index)
         steps.forget()
-        return Kind.RESIDUALS, data
+        return Kind.RESIDUALS, room.cpu().numpy() if isinstance(room, torch.Tensor) else room
 
     def floats(self, kind: Kind, nbytes: int) -> Sequence[Floats]:
         """Where an item holds floating-point numbers that may be rounded."""
         if kind is Kind.SNAPSHOT:
+            fields = self._form.fields
             return [
                 Floats(offset, offset + size, size_of)
-                for offset, size, leaf in zip(self._fields.offsets, self._fields.sizes, self.init, strict=False)
+                for offset, size, leaf in zip(fields.offsets, fields.sizes, self.init, strict=False)
                 if (size_of := number_nbytes(leaf.dtype))
             ]
         if self._rounded is None:
@@ -472,7 +496,7 @@ class ScanJob:
         If all were put in one place, it would stay in the caches, as it does not in a sweep.
         """
         count = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
-        block, clock, x = steps.spare_block(count), time.perf_counter, self.inputs.leaves(0)
+        block, clock, x = steps.spare_block(count), self.place.now, self.inputs.leaves(0)
         record, pull_back = [], []
 
         def once() -> float:
@@ -500,7 +524,7 @@ class ScanJob:
 
     def _time_taping(self, step: EagerStep) -> float:
         """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
-        clock, x = time.perf_counter, self.inputs.leaves(0)
+        clock, x = self.place.now, self.inputs.leaves(0)
 
         def once() -> float:
             self.load_initial()
@@ -556,10 +580,11 @@ class VerifiedScanJob(ScanJob):
         *,
         names: Sequence[str],
         ends: Ends | None = None,
+        place: Place | None = None,
     ) -> None:
         self._witness = Witness(names.__getitem__)
         self._loaded = True
-        super().__init__(stepper, init, inputs, steps, randomness, ends=ends)
+        super().__init__(stepper, init, inputs, steps, randomness, ends=ends, place=place)
 
     @property
     def states_verified(self) -> int:

@@ -16,7 +16,7 @@ from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.torch.inputs import NoInputs
-from longtape.torch.scan import CAPTURED_FROM, Call
+from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
 
 
@@ -26,6 +26,7 @@ def while_loop(
     init: Any,
     *,
     memory: int | str,
+    host_memory: int | str | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_limit: int | str | None = None,
     max_steps: int | None = None,
@@ -51,7 +52,9 @@ def while_loop(
             numbers.
         step: Takes and returns the carry; under the same rules as in `scan`.
         init: The first carry; a pytree of tensors.  Never modified.
-        memory: Most bytes held for snapshots, residuals and staging together.
+        memory: Most bytes held for snapshots, residuals and staging together; of the device's memory for a
+            carry on a CUDA device.
+        host_memory: As in `scan`: pinned memory of the host behind a CUDA device.
         disk: Directory for a private scratch file; None recomputes within memory.
         disk_limit: Most bytes of it.  When it is reached, what is stored is thinned.
         max_steps: Stop after so many steps even where `cond` still holds; None: never.
@@ -70,7 +73,8 @@ def while_loop(
 
     Raises:
         UsageError: An argument that cannot be honoured.
-        BudgetError: `memory` is less than one carry.
+        BudgetError: `memory` is less than one carry; or so much memory cannot be had of the device, or pinned.
+        DeviceError: The device failed while the sweeps were running.
         StepError: The step breaks its contract, or `cond` does.
         ReplayError: A step gave something else when it was run again, and `verify` is set.
         Exception: Whatever `step` or `cond` raises, with a note naming the step.
@@ -95,7 +99,8 @@ def while_loop(
         compress=compress,
         stuck_seconds=stuck_seconds,
     )
-    call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report))
+    where = Where.of(leaves, memory, host_memory, pipes=disk is not None or tier is not None)
+    call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report), where)
     call.title, call.ends = "while_loop", ends
     call.names = paths(init, "carry") if verify else None
     call.use_graphs(capture, compiles=compile, pays=max_steps is None or max_steps >= CAPTURED_FROM)

@@ -29,16 +29,20 @@ from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
-from longtape.protocols import Observer, Tier
+from longtape.protocols import Device, Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
+from longtape.torch.devices import device_of
 from longtape.torch.durable import DurableScan, bytes_of
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.linked import Linked
+from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
+from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -59,6 +63,7 @@ def scan(
     length: int | None = None,
     *,
     memory: int | str,
+    host_memory: int | str | None = None,
     disk: str | os.PathLike[str] | None = None,
     disk_limit: int | str | None = None,
     observers: Sequence[Observer] = (),
@@ -94,7 +99,10 @@ def scan(
         length: The number of steps, where `xs` does not tell it.
         memory: Most bytes held for snapshots, residuals and staging together, such as
             ``"64MiB"``.  The step's own working set is not counted, nor are `xs`, the stacked
-            ys and the gradients returned.
+            ys and the gradients returned.  For a carry on a CUDA device this is memory of the device.
+        host_memory: For a carry on a CUDA device: most bytes of pinned host memory behind it, from and
+            to which items are copied while the steps run.  None: none, or with `disk` as little as
+            a way there needs.  The device is experimental, see ``docs/gpu.md``.
         disk: Directory for a private scratch file; None recomputes within memory.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`.
@@ -129,7 +137,9 @@ def scan(
 
     Raises:
         UsageError: An argument that cannot be honoured, or a step that breaks the contract.
-        BudgetError: `memory` is less than one carry, or with `resume` two.
+        BudgetError: `memory` is less than one carry, or with `resume` two; or so much memory cannot be had of
+            the device, or pinned.
+        DeviceError: The device failed while the sweeps were running.
         ResumeError: What is in `resume` under this name is of another scan, other parameters or
             inputs included, or another process is working on it.
         StepError: The step changes or keeps what it must not, or returns something else than
@@ -156,18 +166,21 @@ def scan(
         compress=compress,
         stuck_seconds=stuck_seconds,
     )
-    call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report))
+    where = Where.of(init_leaves, memory, host_memory, pipes=disk is not None or tier is not None)
+    call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report), where)
     call.names = paths(init, "carry") if verify else None
     call.use_graphs(capture, compiles=compile, pays=steps >= CAPTURED_FROM)
     seconds = check_seconds(resume_seconds)
     if resume is not None:
         refuse_resuming(steps=steps, tier=tier, compress=compress)
-        call.durable = _Where(resume, name, seconds)
+        if where.device is not None:
+            raise UsageError("a scan on a device cannot be resumed yet; leave out resume, or move the carry to the CPU")
+        call.durable = _Durable(resume, name, seconds)
     return call.run()
 
 
 @dataclass(frozen=True, slots=True)
-class _Where:
+class _Durable:
     """Where a scan is made durable, and how often."""
 
     directory: str | os.PathLike[str]
@@ -175,12 +188,56 @@ class _Where:
     seconds: float
 
 
+PIPE_STATES, PIPE_BLOCKS_NBYTES = 6, 64 << 20
+"""What is pinned where the host's memory is only the way to storage: states, and room for residual blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """On which device a scan runs, and in which memory it keeps its items."""
+
+    device: Device | None
+    memory_nbytes: int
+    """On the device, where there is one."""
+    host_nbytes: int | None
+    """Pinned memory behind it; None: as much as it takes to be a way to storage, if there is storage."""
+    has_storage: bool
+
+    @classmethod
+    def of(cls, init: Leaves, memory: int | str, host_memory: int | str | None, *, pipes: bool) -> Where:
+        """Understand the options.
+
+        Raises:
+            UsageError: `host_memory` without a device, or tensors on several.
+        """
+        device = device_of(init, host_memory)
+        host = None if host_memory is None else parse_bytes(host_memory)
+        return cls(device, parse_bytes(memory), host, pipes)
+
+    def place(self) -> HostPlace | OnDevice | Linked:
+        """Where a job keeps its items."""
+        if self.device is None:
+            return HostPlace()
+        if self.host_nbytes is None and not self.has_storage:
+            return OnDevice(self.device)
+        return Linked(self.device, self.memory_nbytes)
+
+    def settings(self, settings: Settings, job: ScanJob) -> Settings:
+        """The settings of the run, whose memory is the host's where a device is in front of it."""
+        if not isinstance(job.place, Linked):
+            return settings
+        if self.host_nbytes is not None:
+            return replace(settings, memory=self.host_nbytes)
+        blocks = PIPE_BLOCKS_NBYTES if isinstance(job.stepper, CapturedSteps) else 0
+        return replace(settings, memory=PIPE_STATES * max(1, job.layout().nbytes) + blocks)
+
+
 class Call:
     """One call of `scan`, or of what is built upon it: what is needed to run its sweeps, again if must be."""
 
     captures = False
     """Whether to run captured graphs; turned off for good where the step cannot be captured."""
-    durable: _Where | None = None
+    durable: _Durable | None = None
     """Where to make the sweeps durable; None: nowhere."""
 
     title = "scan"
@@ -204,7 +261,9 @@ class Call:
         steps: int | None,
         settings: Settings,
         hooks: Hooks,
+        where: Where,
     ) -> None:
+        self._where = where
         self.init, self.inputs, self.steps = init, inputs, steps
         self._step, self._carry, self._settings, self._hooks = step, carry, settings, hooks
         self._ambient = Ambient(leaf.device.type for leaf in [*init, *inputs.stacked] or [torch.empty(0)])
@@ -247,16 +306,20 @@ class Call:
         first = self.inputs.leaves(0)
         # Inputs read lazily get no cotangent.
         wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
+        place = self._where.place()
         stepper: EagerStep | CapturedSteps
         if capture:
-            stepper = CapturedSteps(self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles)
+            room = place.room
+            stepper = CapturedSteps(
+                self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles, room=room
+            )
         else:
             stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
         given = (stepper, self.init, self.inputs, self.steps, self._randomness)
         if self.names is None:
-            job = ScanJob(*given, ends=self.ends)
+            job = ScanJob(*given, ends=self.ends, place=place)
         else:
-            job = VerifiedScanJob(*given, ends=self.ends, names=self.names)
+            job = VerifiedScanJob(*given, ends=self.ends, place=place, names=self.names)
         job.layout()
         return job
 
@@ -348,26 +411,31 @@ class Call:
             self._randomness.note()
             job.load_initial()
             layout = job.layout()
-            records = isinstance(job.stepper, CapturedSteps)
             if isinstance(job.stepper, CapturedSteps):
                 least = layout.nbytes + job.stepper.block_nbytes(1) + 4096
-                if least > parse_bytes(self._settings.memory):
+                if least > self._where.memory_nbytes:
                     raise CaptureFailed(f"a carry and the residuals of one step take {format_bytes(least)} of memory")
             if self._settings.compress is not None and parse_codec(self._settings.compress).bound is not None:
                 job.round_blocks()
+            captured = job.stepper if isinstance(job.stepper, CapturedSteps) else None
+            accelerator = job.place if isinstance(job.place, OnDevice | Linked) else None
+            linked = job.place if isinstance(job.place, Linked) else None
+            if linked is not None:
+                linked.limit_tapes(job.tape_nbytes if captured is None else captured.stride_nbytes)
             traits = Traits(
                 title=self.title,
                 steps=self.steps,
-                state_nbytes=max(1, layout.nbytes),
-                residual_nbytes=job.stepper.stride_nbytes if isinstance(job.stepper, CapturedSteps) else None,
-                residual_head_nbytes=job.stepper.block_nbytes(0) if isinstance(job.stepper, CapturedSteps) else 0,
-                tape_nbytes=job.tape_nbytes,
-                max_window=1 if records else min(self.steps or _MANY_STEPS, 256),
+                state_nbytes=max(1, layout.nbytes if accelerator is None else aligned(layout.nbytes, STATE_ALIGNMENT)),
+                residual_nbytes=None if captured is None else captured.stride_nbytes,
+                residual_head_nbytes=0 if captured is None else captured.block_nbytes(0),
+                tape_nbytes=0 if linked is not None else job.tape_nbytes,
+                max_window=1 if captured is not None else min(self.steps or _MANY_STEPS, 256),
                 initial_is_free=True,
                 notes=tuple(self._notes),
                 floats=job.floats,
+                accelerator=accelerator,
             )
-            settings = self._settings
+            settings = self._where.settings(self._settings, job)
             if home is not None:
                 settings = replace(settings, resumable=self._resumable(job, home))
             run = Run(job, traits, settings, measure=lambda: costs)

@@ -82,8 +82,10 @@ class Tape:
         with self.captured.settings():
             yield
 
-    def block(self, data: Bytes) -> Block:
+    def block(self, data: Bytes | torch.Tensor) -> Block:
         """Typed access to a buffer of `CapturedStep.block_nbytes` bytes, its start a multiple of 64.
+
+        A tensor of bytes is a buffer on a device.
 
         Needs a first call of the step.  Making one costs little, its views are made when
         first used: keep it with the buffer.
