@@ -77,6 +77,8 @@ _SLOTS_BESIDE_BLOCKS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 _RUNS = range(1, 17)
 _LEAST_BLOCKS_BEHIND = 6
 """Blocks in the host's memory behind a device: they are longer on their way, over the link and to storage."""
+_LEAST_SLOTS_BEHIND = 4
+"""Slots beside these for the snapshots that wait behind blocks for both."""
 _FEWER_RUNS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
@@ -552,7 +554,9 @@ def _recorded_choices(recording: Recording) -> Iterator[Choice]:
     for fraction in sorted({most, min(most, recording.reverse().largest_fraction())} | points):
         fits = forward.spare(fraction) >= -_ROUNDING_SECONDS and disk.spare(fraction) >= -1.0
         enough = fraction == 1.0 or (footprint.slots >= 2 and footprint.blocks >= 3)
-        enough &= recording.problem.device is None or footprint.blocks >= _LEAST_BLOCKS_BEHIND
+        if recording.problem.device is not None:
+            enough = footprint.blocks >= _LEAST_BLOCKS_BEHIND
+            enough &= fraction == 1.0 or footprint.slots >= _LEAST_SLOTS_BEHIND
         if fits and enough:
             choice = _within_disk(recording, fraction)
             if choice is not None and choice.record_fraction > 0.0:

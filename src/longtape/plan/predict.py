@@ -495,7 +495,9 @@ def predict_asynchronous(
 
 def _moved_between(job: Pace, slots: int, interior: Spaced, writes: int, tail: int) -> Passage:
     """Over the link: what is stored on the way, and what Revolve keeps between and after."""
-    within = stores(max(1, round(interior.spacing)), slots) - 1.0
+    # On one slot less from when the read of the next interval begins.
+    length = max(1, round(interior.spacing))
+    within = 0.5 * (stores(length, slots) + stores(length, max(1, slots - 1))) - 1.0
     dense = writes * within + stores(tail, max(1, slots - 1))
     return passage(job, sparse=writes, gap=interior.spacing, dense=dense)
 
