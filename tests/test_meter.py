@@ -93,3 +93,17 @@ def test_a_meter_waits_for_the_action_so_many_back(device: FakeDevice) -> None:
         meter.note(began, marks[-1], lambda began, ended: None)
     assert [mark.waited for mark in marks] == [True, True, True, False, False]
     assert meter.ahead == 2
+
+
+def test_notes_of_other_streams_are_told_along_the_way(device: FakeDevice) -> None:
+    """So that a long sweep does not gather them."""
+    timeline, told = Timeline(device, lambda: 0.0), []  # type: ignore[arg-type]
+    copies = Notes(timeline)
+    meter = EventMeter(device, timeline, beside=[copies])  # type: ignore[arg-type]
+    copies.add(device.record(), device.record(), lambda began, ended: told.append(began))
+    meter.poll()
+    assert not told
+    device.events[-1].over = True
+    meter.poll()
+    assert told
+    assert len(copies) == 0

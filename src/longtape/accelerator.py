@@ -61,9 +61,6 @@ class Accelerator(Protocol):
     def end_sweep(self) -> None:
         """A sweep has ended: wait until it has, on the device too."""
 
-    def poll(self) -> None:
-        """Tell of copies that are done; never waits."""
-
     def expect(self, key: Key, slot: Slot) -> None:
         """As `longtape.protocols.Ahead`."""
 

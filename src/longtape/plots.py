@@ -52,7 +52,7 @@ _MEANINGS = {
     "read": "reading",
     "out": "copying out",
     "in": "copying in",
-    "idle": "standing still for a copy",
+    "idle": "waiting for a copy",
 }
 _LANES = (
     ("compute", ("forward", "replay", "reverse", "copy", "wait", "idle")),
@@ -292,7 +292,7 @@ def _legend(axes: Axes, unions: dict[str, Floats]) -> None:
         bbox_to_anchor=(-0.007, 1.06),
         frameon=False,
         labelcolor=_INK,
-        fontsize=9.5,
+        fontsize=9.5 if len(patches) <= len(_COMPUTE) + 3 else 8.0,
         handlelength=1.1,
         borderpad=0,
     )
@@ -307,6 +307,7 @@ def _reported(report: Report) -> list[str]:
         parts.append(f"{report.overlap_fraction:.1%} of {transfers} of transfers overlapped")
     if report.device is not None and report.device.links:
         parts.append(f"stood still for copies for {format_seconds(report.device.idle_seconds)}")
+        return [*parts, f"waited {format_seconds(took.stall_seconds)}"]
     parts.append(f"waited {format_seconds(took.stall_seconds)}")
     parts.append(
         f"at most {format_bytes(took.peak_memory_bytes)} of memory, {format_bytes(took.peak_disk_bytes)} of disk"

@@ -10,7 +10,7 @@ waits for the device but a list that is full, `Timeline.take_bearings` and `Note
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from longtape.protocols import Device, Event
 
@@ -82,10 +82,19 @@ class Notes:
 
 
 class EventMeter:
-    """Implements `longtape.protocols.Meter` with the events of a device's compute stream."""
+    """Implements `longtape.protocols.Meter` with the events of a device's compute stream.
 
-    def __init__(self, device: Device, timeline: Timeline, *, most_ahead: int | None = None) -> None:
-        self._device = device
+    Args:
+        device: Whose.
+        timeline: Where they are looked up.
+        beside: Notes of other streams, to be told of whenever those of actions are.
+        most_ahead: Actions that may have been asked for and not be done; `MOST_AHEAD` if None.
+    """
+
+    def __init__(
+        self, device: Device, timeline: Timeline, *, beside: Sequence[Notes] = (), most_ahead: int | None = None
+    ) -> None:
+        self._device, self._beside = device, beside
         self._notes = Notes(timeline, MOST_AHEAD if most_ahead is None else most_ahead)
 
     def mark(self) -> Event:
@@ -100,8 +109,10 @@ class EventMeter:
         return len(self._notes)
 
     def poll(self) -> None:
-        self._notes.poll()
+        for notes in (self._notes, *self._beside):
+            notes.poll()
 
     def drain(self) -> None:
         """Wait for all that was noted."""
-        self._notes.drain()
+        for notes in (self._notes, *self._beside):
+            notes.drain()

@@ -25,6 +25,9 @@ from longtape.protocols import Bytes, Event
 from longtape.sizes import format_bytes
 from longtape.tiers.aligned import address_of
 
+_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every device."""
+
 
 class CudaEvent:
     """Implements `longtape.protocols.Event`."""
@@ -113,9 +116,9 @@ class CudaDevice:
     def pin(self, memory: Bytes) -> None:
         if not memory.nbytes:
             return
-        runtime = torch.cuda.cudart()
-        code = int(runtime.cudaHostRegister(address_of(memory), memory.nbytes, 0))
-        if code != int(runtime.cudaError.success):
+        with torch.cuda.device(self._device):
+            code = int(torch.cuda.cudart().cudaHostRegister(address_of(memory), memory.nbytes, _PORTABLE))
+        if code:
             raise BudgetError(
                 f"{format_bytes(memory.nbytes)} of host memory could not be pinned: CUDA refuses (error {code}); "
                 "give a smaller host_memory, or raise the limit of locked memory (ulimit -l)"
@@ -123,7 +126,8 @@ class CudaDevice:
 
     def unpin(self, memory: Bytes) -> None:
         if memory.nbytes:
-            torch.cuda.cudart().cudaHostUnregister(address_of(memory))  # of a device that is lost, nothing is left
+            with torch.cuda.device(self._device):  # what that answers does not matter: a device may be lost
+                torch.cuda.cudart().cudaHostUnregister(address_of(memory))
 
     def seconds(self, began: Event, ended: Event) -> float:
         assert isinstance(began, CudaEvent)

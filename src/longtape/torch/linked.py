@@ -92,8 +92,8 @@ class Linked:
         self._links = {"out": _Link(), "in": _Link(), "idle": _Link()}
         self._on_link: OnLink | None = None
         self.timeline = Timeline(device, time.perf_counter)
-        self.meter = EventMeter(device, self.timeline)
         self._notes = {lane: Notes(self.timeline) for lane in self._links}
+        self.meter = EventMeter(device, self.timeline, beside=list(self._notes.values()))
 
     # Before the sweeps -------------------------------------------------------------------------
 
@@ -333,11 +333,6 @@ class Linked:
 
         self._notes[lane].add(began, ended, tell)
 
-    def poll(self) -> None:
-        """Tell of copies that are done."""
-        for notes in self._notes.values():
-            notes.poll()
-
     def begin_sweep(self) -> None:
         """Compare clocks."""
         self.timeline.take_bearings()
@@ -345,8 +340,6 @@ class Linked:
     def end_sweep(self) -> None:
         """Wait for all that was asked for."""
         self.meter.drain()
-        for notes in self._notes.values():
-            notes.drain()
 
     def usage(self) -> DeviceReport:
         """What the run took of the device and of the link."""

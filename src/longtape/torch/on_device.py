@@ -201,9 +201,6 @@ class OnDevice:
         """Wait until all is done."""
         self.meter.drain()
 
-    def poll(self) -> None:
-        """Nothing is under way."""
-
     def expect(self, key: Key, slot: Slot) -> None:
         """It is here."""
 
