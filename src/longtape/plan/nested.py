@@ -85,7 +85,7 @@ def footprints(problem: Problem, costs: Costs) -> Iterator[Footprint]:
     for window in sorted(_windows(problem, costs)):
         windows = -(-horizon(problem) // window)
         slots = problem.memory_nbytes // problem.state_nbytes if problem.state_nbytes else windows
-        if found := footprint(problem, costs, window, min(slots, windows)):
+        if slots and (found := footprint(problem, costs, window, min(slots, windows))):
             yield found
 
 
