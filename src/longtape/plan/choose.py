@@ -194,8 +194,8 @@ def _check(problem: Problem, costs: Costs) -> None:
             f"{problem.state_nbytes} bytes, which is the least that would do; raise the budget to at least that"
         )
     times = [costs.forward, costs.reverse, costs.record or 0.0, costs.pull_back or 0.0]
-    times += [costs.write_latency, costs.read_latency, costs.handling, costs.handling_per_byte]
-    times += [costs.save, costs.link_latency]
+    times += [costs.write_latency, costs.read_latency, costs.link_latency, costs.handling, costs.handling_per_byte]
+    times.append(costs.save)
     if not all(isfinite(t) and t >= 0.0 for t in times):
         raise UsageError(f"times must be finite and not negative, but the costs are {costs}")
     if problem.has_disk and not min(costs.write_bytes_per_second, costs.read_bytes_per_second) > 0.0:
@@ -410,7 +410,7 @@ def _spaced_choice(
 
 def _densest(problem: Problem, costs: Costs, choice: Choice) -> Choice:
     """The choice, or one that keeps every state of its end where storage is almost fast enough for all of them."""
-    if problem.steps is None or problem.device is not None:
+    if problem.steps is None:
         return choice
     job, slots = pace(problem, costs, choice.footprint), working_slots(problem, choice.footprint)
     dense = dense_tail(job, slots, spaced(job, slots))

@@ -296,9 +296,8 @@ class ForwardSweep:
 
     def _writer_is_free(self) -> bool:
         """No write is under way, or the only one will have ended before one more window has."""
-        stock = self._course.stock
         # What is stored a window later is in memory, where it can be written from, only so much later still.
-        until = self._course.forward_seconds + self._course.layout.out_seconds
+        stock, until = self._course.stock, self._course.forward_seconds + self._course.layout.out_seconds
         ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < until * (1 - 1e-9)
         return (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2
 

@@ -517,6 +517,17 @@ def predict_asynchronous(
     )
 
 
+def _moved_between(
+    job: Pace, slots: int, interior: Spaced, writes: int, tail: int, *, keeps_all: bool = False
+) -> Passage:
+    """Over the link: what is stored on the way, and what Revolve keeps between and after, or all states of the end."""
+    # On one slot less from when the read of the next interval begins.
+    length = max(1, round(interior.spacing))
+    within = 0.5 * (stores(length, slots) + stores(length, max(1, slots - 1))) - 1.0
+    dense = writes * within + (tail if keeps_all else stores(tail, max(1, slots - 1)))
+    return passage(job, sparse=writes, gap=interior.spacing, dense=dense)
+
+
 def _predict_dense(
     problem: Problem, costs: Costs, footprint: Footprint, interior: Spaced, dense: int, *, final_state: bool
 ) -> Prediction:
@@ -526,25 +537,20 @@ def _predict_dense(
     writes = _writes(job.windows, interior.spacing)
     read_again = floor(dense / interior.spacing)
     stalled = greedy * interior.reverse_stall + max(0.0, read_again * job.read - dense * job.adjoint)
+    moved = _moved_between(
+        job, working_slots(problem, footprint), interior, _writes(greedy, interior.spacing), dense, keeps_all=True
+    )
     return tally(
         problem,
         costs,
         footprint,
-        seconds=advanced * job.advance + job.windows * job.adjoint + stalled,
-        advanced=advanced * job.steps,
+        seconds=advanced * job.advance + job.windows * job.adjoint + stalled + moved.stall,
+        advanced=advanced * job.steps + job.windows * job.inner,
         stalled=stalled,
         snapshots_written=writes,
         snapshots_read=max(0, writes - 1),
+        moved=moved,
     )
-
-
-def _moved_between(job: Pace, slots: int, interior: Spaced, writes: int, tail: int) -> Passage:
-    """Over the link: what is stored on the way, and what Revolve keeps between and after."""
-    # On one slot less from when the read of the next interval begins.
-    length = max(1, round(interior.spacing))
-    within = 0.5 * (stores(length, slots) + stores(length, max(1, slots - 1))) - 1.0
-    dense = writes * within + stores(tail, max(1, slots - 1))
-    return passage(job, sparse=writes, gap=interior.spacing, dense=dense)
 
 
 def tally(
@@ -562,7 +568,7 @@ def tally(
     moved: Passage | None = None,
     blocks_moved: int = 0,
 ) -> Prediction:
-    """A prediction from seconds, steps advanced and items moved: to and from storage, and over the link.
+    """A prediction from seconds, steps advanced and items moved, to and from storage and over the link.
 
     Each transfer to or from storage adds what it costs compute.
     """
