@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from longtape.actions import Key, Kind
 from longtape.engine.workers import Transfer, Workers, close_aside
-from longtape.errors import PlanError, StorageError, StorageFull
+from longtape.errors import DeviceError, PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
 from longtape.protocols import Event, Observer, Pool, Slot, Tier
 
@@ -193,6 +193,8 @@ class Mover:
 
     def _finish(self, transfer: Transfer) -> None:
         key = transfer.key
+        if isinstance(transfer.error, DeviceError):
+            raise transfer.error  # no fault of storage: what was to be moved will never be there
         if transfer in self._abandoned:
             self._settle_late(transfer)
             return
