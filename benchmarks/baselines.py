@@ -72,11 +72,11 @@ def revolve(job: Steps, steps: int, slots: int) -> int:
 # LSTM ---------------------------------------------------------------------------------------
 
 
-def lstm_store_all(steps: int) -> Outcome:
+def lstm_store_all(steps: int, hidden: int = 256) -> Outcome:
     """Plain autograd: a graph of every step."""
     from benchmarks.lstm import Problem
 
-    problem = Problem(steps)
+    problem = Problem(steps, hidden=hidden)
     return _timed(lambda: problem.loss(problem.run(problem.carry, problem.inputs)).backward(), problem.leaves)
 
 

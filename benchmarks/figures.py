@@ -117,6 +117,7 @@ def observed() -> str:
         costs = [
             f"{medians[f'unknown, {where}'] / medians[f'known, {where}'] - 1:+.1%} with {where}"
             for where in ("disk", "memory alone")
+            if f"unknown, {where}" in medians
         ]
         lines += [f"An LSTM of unknown length, {unknown['settings']['steps']:,} steps: {', '.join(costs)}.", ""]
     if (observing := _found("observing")) is not None:
@@ -167,7 +168,7 @@ RESIDUALS = {
     "residuals_lstm": "LSTM, 256 units, batch 64, residuals on disk",
     "residuals_wide": "LSTM, 1,024 units, batch 64, residuals on disk",
     "residuals_stencil": "256³ stencil, a step of 8 kernels, memory for 16 states",
-    "residuals_throttled": "LSTM, 256 units, 4,000 steps, 16 MiB, storage slowed to a share of what residuals need",
+    "residuals_throttled": "LSTM, 256 units, 2,000 steps, 16 MiB, storage slowed to a share of what residuals need",
     "residuals_compression": "the same, with a codec",
 }
 """Parts of `benchmarks.residuals`, as far as they were measured."""

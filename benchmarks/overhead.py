@@ -113,18 +113,18 @@ def lstm_ideal(problem: Any) -> float:
     return statistics.median(seconds[2:])
 
 
-def lstm_peer(name: str, steps: int) -> dict[str, Any]:
+def lstm_peer(name: str, steps: int, hidden: int = 256) -> dict[str, Any]:
     """One gradient by another way; see `baselines`."""
     from benchmarks import baselines, lstm
 
     peers = {
-        "store everything": lambda: baselines.lstm_store_all(steps),
+        "store everything": lambda: baselines.lstm_store_all(steps, hidden),
         "torch.utils.checkpoint": lambda: baselines.lstm_segments(steps),
         "revolve": lambda: baselines.lstm_revolve(steps, 64),
     }
-    ideal = [lstm_ideal(lstm.Problem(100))]
+    ideal = [lstm_ideal(lstm.Problem(100, hidden=hidden))]
     outcome = peers[name]()
-    ideal.append(lstm_ideal(lstm.Problem(100)))
+    ideal.append(lstm_ideal(lstm.Problem(100, hidden=hidden)))
     per_step = outcome["seconds"] / steps
     return {
         "seconds": outcome["seconds"],

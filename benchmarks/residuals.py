@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
 import tempfile
 import time
 from itertools import pairwise
@@ -181,13 +180,15 @@ def cases_of(part: str, disk: str, quick: bool, needed: float) -> dict[str, tupl
             found[f"plain autograd N={n}"] = (lstm_peer, ("store everything", n))
         return found
     if part == "wide":
-        lengths = (300,) if quick else (2_000, 16_000)
-        return {f"N={n}, {m} MiB": (lstm, (n, m * MIB, disk, None, 1024)) for n in lengths for m in (64, 256)}
+        lengths = (300,) if quick else (4_000, 16_000)
+        found = {f"N={n}, {m} MiB": (lstm, (n, m * MIB, disk, None, 1024)) for n in lengths for m in (64, 256)}
+        found[f"plain autograd N={lengths[0]}"] = (lstm_peer, ("store everything", lengths[0], 1024))
+        return found
     if part == "stencil":
         return {f"N={n}": (stencil, (n, 16, disk, COSTLY)) for n in ((20,) if quick else (100, 400))}
     if part == "growth":
         return growth_cases(GROWTH_QUICK if quick else GROWTH, disk)
-    n, memory = (400 if quick else 4_000), (8 if quick else 16) * MIB
+    n, memory = (400 if quick else 2_000), (8 if quick else 16) * MIB
     if part == "compression":
         return {
             f"1/{share}, {codec or 'no codec'}": (lstm, (n, memory, disk, None, 256, needed / share, codec))
@@ -201,8 +202,8 @@ def cases_of(part: str, disk: str, quick: bool, needed: float) -> dict[str, tupl
     return found
 
 
-LONGEST = 80_000
-"""Steps of the longest LSTM: their residuals take 34 GiB of disk."""
+LONGEST = 100_000
+"""Steps of the longest LSTM: their residuals take 43 GiB of disk."""
 GROWTH, GROWTH_QUICK = (10_000, 1_000_000), (2_000, 20_000)
 
 
@@ -232,26 +233,6 @@ def judged(part: str, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {}
 
 
-# Slices ------------------------------------------------------------------------------------------
-
-
-def sources() -> str:
-    """What the package's files are, by Git; where some differ from it, by nothing but this moment."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=common.RESULTS.parent, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    return f"changed {time.time()}" if git("status", "--porcelain", "--", "../src") else git("rev-parse", "HEAD:src")
-
-
-def earlier(name: str) -> dict[str, Any]:
-    """The document of this part, if the same sources gave it."""
-    path = common.RESULTS / f"{name}.json"
-    document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return document if document.get("settings", {}).get("sources") == sources() else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("lstm", "wide", "throttled", "stencil", "compression", "growth"))
@@ -262,9 +243,9 @@ def main() -> None:
     arguments = parser.parse_args()
     repeats = arguments.repeats or (1 if arguments.quick else 3)
     part, quick, name = arguments.part, arguments.quick, f"residuals_{arguments.part}"
-    before = {} if quick else earlier(name)
+    before = {} if quick else common.earlier(name)
     found = {case: list(result["runs"]) for case, result in before.get("results", {}).items()}
-    settings = before.get("settings", {"sources": sources()})
+    settings = before.get("settings", {"sources": common.sources()})
     if part in ("throttled", "compression") and "needs" not in settings:
         settings["needs"] = common.apart(needs, 256)
     began = time.perf_counter()

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks import common
 
 MEMORY_STATES = 64
+PLACES = ("disk", "memory alone")
 
 
 def once(how: str, steps: int, disk: str | None) -> float:
@@ -61,12 +62,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16_000)
     parser.add_argument("--disk", help="directory for scratch files (default: a temporary one)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--where", choices=PLACES, nargs="*", default=PLACES, help="a part of the cases")
     parsed = parser.parse_args()
     steps, repeats = (400, 1) if parsed.quick else (parsed.steps, parsed.repeats)
     with tempfile.TemporaryDirectory(dir=parsed.disk) as scratch:
         cases = {
             f"{how}, {where}": partial(once, how, steps, scratch if where == "disk" else None)
-            for where in ("disk", "memory alone")
+            for where in parsed.where
             for how in ("known", "unknown")
         }
         samples: dict[str, list[float]] = {name: [] for name in cases}
@@ -78,11 +80,12 @@ def main() -> None:
                 if turn or parsed.quick:  # the first round warms up
                     samples[name].append(seconds)
     results = {name: common.summary(taken) for name, taken in samples.items()}
-    for where in ("disk", "memory alone"):
+    for where in parsed.where:
         known, unknown = (results[f"{how}, {where}"]["median"] for how in ("known", "unknown"))
         print(f"{where}: unknown length costs {unknown / known - 1:+.1%}")
     if not parsed.quick:
-        common.write("unknown", {"steps": steps, "memory_states": MEMORY_STATES, "repeats": repeats}, results)
+        settings = {"steps": steps, "memory_states": MEMORY_STATES, "repeats": repeats, "sources": common.sources()}
+        common.write("unknown", settings, {**common.earlier("unknown").get("results", {}), **results})
 
 
 if __name__ == "__main__":

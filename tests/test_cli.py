@@ -71,9 +71,66 @@ def test_tables_and_pictures(capsys, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+DEVICE = [*STENCIL, "--memory", "640MiB", "--host-memory", "8GiB"]
+
+
+def test_a_plan_behind_a_device(capsys):
+    found = figures(capsys, *DEVICE, "--link-bandwidth", "4GB/s,3GB/s", "--link-latency", "2e-5")
+    assert found["schedule"] in ("store_all", "revolve")
+    assert not found["on_device"]
+    assert found["window"] >= 64 * 2**20 / 4e9 / 0.0065
+    assert found["device_slots"] >= 1
+    assert 4 * 64 * 2**20 < found["peak_device_bytes"] <= 640 * 2**20
+    assert found["peak_memory_bytes"] <= 8 * 2**30
+    assert found["bytes_out"] > 0
+    assert found["bytes_in"] > 0
+    assert 0 <= found["link_stall_seconds"] < 0.1
+    without = {"out_bytes", "peak_device_bytes", "bytes_out", "bytes_in"} & found.keys()
+    assert all(figures(capsys, *STENCIL, "--memory", "640MiB")[name] == 0 for name in without)
+
+
+def test_the_replay_behind_a_device_agrees_with_the_prediction(capsys):
+    arguments = (*DEVICE, "--link-bandwidth", "4GB", "--write-bandwidth", "2GB")
+    predicted, replayed = figures(capsys, *arguments), figures(capsys, *arguments, "--simulate")
+    assert replayed["simulated"]
+    assert replayed["schedule"] == "asynchronous"
+    assert replayed["time_seconds"] == pytest.approx(predicted["time_seconds"], rel=0.02)
+    assert replayed["bytes_in"] == pytest.approx(predicted["bytes_in"], rel=0.05)
+    assert replayed["bytes_out"] == pytest.approx(predicted["bytes_out"], rel=0.3)
+
+
+def test_a_device_in_tables_and_pictures(capsys, tmp_path):
+    picture = tmp_path / "pareto.png"
+    assert main([*DEVICE, "--link-bandwidth", "4GB", "--plot", str(picture)]) == 0
+    text = capsys.readouterr().out
+    for words in ("peak device", "peak host", "link", "snapshots", "of device memory", "the device memory"):
+        assert words in text
+    assert picture.stat().st_size > 10_000
+    assert main([*DEVICE, "--link-bandwidth", "4GB", "--steps", "5"]) == 0
+    assert "everything is kept there" in capsys.readouterr().out
+
+
+def test_residuals_where_the_link_carries_them(capsys):
+    found = figures(
+        capsys, "plan", "--steps", "10_000", "--state", "128KiB", "--residuals", "512KiB", "--forward", "5e-4",
+        "--memory", "64MiB", "--host-memory", "16GiB", "--link-bandwidth", "10GB",
+    )  # fmt: skip
+    assert (found["schedule"], found["record_fraction"], found["advances"]) == ("store_all", 1.0, 0)
+    assert found["bytes_out"] >= 10_000 * 512 * 1024
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--memory", "1GiB", "--link-bandwidth", "1GB"], "--host-memory"),
+        (["--memory", "1GiB", "--link-latency", "1e-5"], "--host-memory"),
+        (["--memory", "1GiB", "--host-memory", "1GiB"], "--link-bandwidth"),
+        (["--memory", "1GiB", "--host-memory", "1GiB", "--link-bandwidth", "1GB,2GB,3GB"], "out,in"),
+        (["--memory", "1GiB", "--host-memory", "1GiB", "--link-bandwidth", "fast"], "fast"),
+        (["--memory", "1GiB", "--host-memory", "1GiB", "--link-bandwidth", "1GB,0"], "--link-bandwidth"),
+        (["--memory", "1GiB", "--host-memory", "1GiB", "--link-bandwidth", "1GB", "--link-latency", "-1"], "latency"),
+        (["--memory", "1MiB", "--host-memory", "1GiB", "--link-bandwidth", "1GB"], "on the device"),
+        (["--memory", "1GiB", "--host-memory", "1MiB", "--link-bandwidth", "1GB"], "in the host's memory"),
         (["--memory", "1MB"], "at least"),
         (["--memory", "lots"], "lots"),
         (["--memory", "1GiB", "--steps", "few"], "--steps"),

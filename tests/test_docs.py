@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil, floor
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from models import Chaotic
 
+from longtape.foresee import Foresight, replay
 from longtape.plan.asynchronous import EXACT, Layout
-from longtape.plan.binomial import advances
-from longtape.plan.costs import Costs, Problem
+from longtape.plan.binomial import advances, repetitions
+from longtape.plan.choose import choose
+from longtape.plan.costs import Costs, Device, Problem
 from longtape.plan.predict import Footprint, best_tail, pace, spaced
 from longtape.plan.simulate import Speeds, simulate
 
@@ -174,6 +177,41 @@ def test_the_table_of_overheads(row: list[str]) -> None:
     assert [float(cell) for cell in row[2:7]] == pytest.approx(expected, abs=1.1e-3)
 
 
-def test_the_table_is_found() -> None:
+# The table of three tiers -----------------------------------------------------------------------
+
+
+def tiers() -> list[list[str]]:
+    """Cells of the table of three tiers."""
+    _, _, section = visible(ROOT / "docs" / "theory.md").partition("## Three tiers")
+    lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+@pytest.mark.parametrize("row", tiers(), ids=lambda row: "-".join(row[:4]))
+def test_the_table_of_three_tiers(row: list[str]) -> None:
+    inner, slots, link = int(row[0]), int(row[1]), float(row[2])
+    problem = Problem(STEPS, 1000, slots * 1000, device=Device((inner + 4) * 1000))
+    costs = Costs(1.0, ADJOINT, out_bytes_per_second=1000 / link, in_bytes_per_second=1000 / link)
+    alone = advances(STEPS, inner + 4) + repetitions(STEPS + 1, inner + 4) + STEPS * ADJOINT
+    expected = [f"{overhead(alone):.3f}", "–", "–"]
+    if row[3] != "–":
+        speed, shortest, longest = 1000 / float(row[3]), ceil(link), ceil(float(row[3]))
+        problem, costs = replace(problem, has_disk=True), replace(costs, write_bytes_per_second=speed)
+        costs = replace(costs, read_bytes_per_second=speed)
+        nested = []
+        for length in range(shortest, longest + 1):
+            count = ceil(longest / length)
+            nested.append(1 + advances(count, slots - 2) / count + advances(length, inner) / length + ADJOINT)
+        pipe = 1 + advances(longest, inner) / longest + ADJOINT
+        expected[1:] = [f"{overhead(STEPS * pipe):.3f}", f"{overhead(STEPS * min(nested)):.3f}"]
+    assert row[4:7] == expected
+    choice = choose(problem, costs)
+    seconds = replay(Foresight(problem, costs, choice, ()), replace(EXACT, deep=True)).seconds
+    assert float(row[7]) == pytest.approx(overhead(seconds), abs=1.1e-3)
+    assert int(row[8]) == choice.window
+
+
+def test_the_tables_are_found() -> None:
     assert len(rows()) >= 9
+    assert len(tiers()) >= 8
     assert len(list(excerpts())) >= 10

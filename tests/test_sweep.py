@@ -187,7 +187,8 @@ def test_the_forward_sweep_ends_with_the_final_state():
 
 def test_the_report_counts(tmp_path):
     model = Chaotic(20_000)
-    sweep = run(model, 400, memory="1MiB", disk=tmp_path)
+    costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    sweep = run(model, 400, memory="1MiB", disk=tmp_path, costs=costs)
     report = sweep.report
     assert report.schedule == "asynchronous"
     assert report.writes > 0

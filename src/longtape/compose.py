@@ -56,14 +56,17 @@ CODEC_ITEMS = 3
 LEAST_CODEC_GAIN = 0.01
 """Share of the time that a codec must be predicted to save before it is used."""
 
+MOST_REHEARSED = 100
+"""Windows of a plan that are run in the event model to see what it holds."""
+
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
 
 REPLAY_SECONDS = 5e-6
 """About what a step takes in the event model."""
 
-REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.01, 0.05
-"""A report replays its run in the event model for this share of the run's time, or these seconds."""
+REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.005, 0.05
+"""A report replays its run in the event model for this share of the run's time, or these seconds, and no longer."""
 
 STAGED = 4
 """Two items being written, one being stored, and one to spare."""
@@ -429,6 +432,9 @@ class Run:
             read_bytes_per_second=speed.read_bytes_per_second,
             write_latency=speed.write_latency,
             read_latency=speed.read_latency,
+            handling=speed.handling,
+            handling_per_byte=speed.handling_per_byte,
+            save=0.0 if self._traits.working_slots else speed.copy_per_byte * sizes[0],
         )
 
     def _block_nbytes(self, choice: Choice) -> int:
@@ -455,26 +461,41 @@ class Run:
 
     def _expected(self, choice: Choice) -> Choice:
         """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
-        if choice.schedule != "residuals" or choice.record_fraction < 1.0:
+        if choice.schedule != "residuals" or self._limits is not None:
             return choice
-        held = min(choice.blocks, 2 * STAGED) * self._block_nbytes(choice)
-        held += choice.slots * self._item_nbytes(self._traits.state_nbytes)
-        expected = min(choice.prediction.peak_memory_bytes, held)
+        expected = min(choice.prediction.peak_memory_bytes, self._rehearsed(choice))
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
 
-    def _layout(self) -> Layout:
-        layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging()
-        if self.choice.schedule == "asynchronous" and staging is not None:
-            layout = replace(layout, tail=min(layout.tail, staging * self.choice.window))
+    def _rehearsed(self, choice: Choice) -> int:
+        """Bytes that a plan with recorded windows holds, by its first windows in the event model."""
+        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
+        costs, sizes = self.costs, {Kind.SNAPSHOT: state, Kind.RESIDUALS: block}
+        speeds = Speeds(
+            costs.forward,
+            costs.reverse,
+            lambda key: costs.write_seconds(sizes[key.kind]),
+            lambda key: costs.read_seconds(sizes[key.kind]),
+            costs.record,
+            costs.pull_back,
+        )
+        steps = min(self._traits.steps or MOST_REHEARSED * choice.window, MOST_REHEARSED * choice.window)
+        outcome = simulate(steps, choice.slots, speeds, layout=self._layout(choice), blocks=choice.blocks)
+        return outcome.peak_slots * state + outcome.peak_blocks * block
+
+    def _layout(self, choice: Choice) -> Layout:
+        layout, staging = layout_of(choice, self._problem(), self.costs), self._staging(choice)
+        if choice.schedule == "asynchronous" and staging is not None:
+            tail = layout.dense or layout.tail
+            layout = replace(layout, tail=min(tail, staging * choice.window), dense=0)
         free = self._traits.initial_is_free
         return replace(layout, staging=staging, initial_is_free=free)
 
-    def _staging(self) -> int | None:
+    def _staging(self, choice: Choice) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""
-        if not self.choice.uses_disk:
+        if not choice.uses_disk:
             return None
         state = self._item_nbytes(self._traits.state_nbytes)
-        if state / self._touch < self.costs.forward and not self.choice.record_fraction:
+        if state / self._touch < self.costs.forward and not choice.record_fraction:
             return None
         return STAGED
 
@@ -518,7 +539,7 @@ class Run:
             observers=observers,
             on_fault=self._warn_once,
         )
-        layout = self._layout()
+        layout = self._layout(self.choice)
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
         accelerator = self._accelerator
         if accelerator is not None:
@@ -797,21 +818,36 @@ class Run:
 
         None, too, for a run that was resumed: it saw only part of the plan.
         """
-        trace, steps = self._trace, self._stock.steps or 0
+        steps = self._stock.steps or 0
         if self._keeper is not None and self._keeper.resumed_from is not None:
             return None
         if self._transcript is not None:
             return None  # the event model runs Longtape's own plan
-        if not steps or steps * REPLAY_SECONDS > max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds):
+        patience = max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds)
+        if not steps or steps * REPLAY_SECONDS > patience:
             return None
+        until = time.thread_time() + patience
+
+        def watch(action: Action) -> None:
+            if time.thread_time() > until:
+                raise _TakesTooLong
+
+        try:
+            return self._replayed(measured, steps, watch)
+        except _TakesTooLong:
+            return None
+
+    def _replayed(self, measured: Quantities, steps: int, watch: Callable[[Action], None]) -> Quantities:
+        trace = self._trace
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
         outcome = simulate(
             steps,
             self.choice.slots,
             self._seen_speeds(steps),
-            layout=self._layout(),
+            layout=self._layout(self.choice),
             blocks=self.choice.blocks,
             known=self._traits.steps is not None,
+            observe=watch,
         )
         # The model counts items, and which of them are blocks is known only of the run.
         mean_written = measured.bytes_written / max(1, sum(moved.count for moved in self._mover.written.values()))
@@ -892,6 +928,10 @@ class Run:
             steps_recomputed=max(0, prediction.advances - round((1.0 - self.choice.record_fraction) * steps)),
             stall_seconds=prediction.stall_seconds,
         )
+
+
+class _TakesTooLong(Exception):
+    """A replay has taken as long as a report may."""
 
 
 def _total(traffic: Iterable[Traffic]) -> Traffic:

@@ -68,6 +68,7 @@ def layout_of(choice: Choice, problem: Problem, costs: Costs | None = None) -> L
     return Layout(
         window=choice.window,
         tail=choice.tail,
+        dense=choice.dense,
         fixed_spacing=choice.stall_spacing,
         longest_piece=choice.longest_piece,
         records=choice.blocks > 0 and (problem.device is None or choice.on_device),

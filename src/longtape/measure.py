@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,10 @@ from longtape.tiers.pool import SlotPool
 
 _PROBE = Key(Kind.SNAPSHOT, -1)
 _REPEATS = 3
+_LONG_SECONDS = 0.2
+"""Once transfers have taken so long together, they are not repeated."""
+_BEARABLE_SECONDS = 0.05
+"""The larger of two sizes is to take no longer than this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,12 @@ class TierSpeed:
     read_latency: float
     touch_bytes_per_second: float
     """How fast the system provides memory that is used for the first time."""
+    handling: float = 0.0
+    """Seconds that a transfer costs the steps beside it, however small."""
+    handling_per_byte: float = 0.0
+    """And for each of its bytes."""
+    copy_per_byte: float = 0.0
+    """Seconds to copy a byte of an item to other memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +138,12 @@ def measure_tier(
 ) -> TierSpeed:
     """Write and read back items of the given sizes, under the job's own load where `busy` provides it.
 
+    Slow items are moved less often, and a larger size that would take long is replaced by one that does not.
+
     Args:
         tier: Where to.
         workers: Who moves them.
-        sizes: One or two item sizes in bytes; with two, latency and bandwidth are told apart.
+        sizes: One or two item sizes in bytes, ascending; with two, latency and bandwidth are told apart.
         busy: Called over and over while a transfer is in progress.
         stuck_seconds: After so long without an answer the tier counts as failed.
         repeats: How often each item is written, and read; the median counts.
@@ -143,27 +156,80 @@ def measure_tier(
     began = perf_counter()
     slot.data[:] = 0
     touch = slot.data.nbytes / max(perf_counter() - began, 1e-9)
-    times = [_time_both(tier, workers, Slot(slot.data[:nbytes]), busy, stuck_seconds, repeats) for nbytes in sizes]
+    copy = _copy_seconds(slot.data[: sizes[0]])
+    trial = _Trial(tier, workers, busy, stuck_seconds, repeats)
+    seen = [trial.of(Slot(slot.data[: sizes[0]]))]
+    used = [sizes[0]]
+    for nbytes in sizes[1:]:
+        bearable = int(_BEARABLE_SECONDS * used[0] / max(seen[0].write, seen[0].read))
+        if min(nbytes, bearable) > used[0]:
+            used.append(min(nbytes, bearable))
+            seen.append(trial.of(Slot(slot.data[: used[-1]])))
     pool.give(slot)
     del slot
     pool.close()
-    write_latency, write_speed = _line(sizes, [t[0] for t in times])
-    read_latency, read_speed = _line(sizes, [t[1] for t in times])
-    return TierSpeed(write_speed, read_speed, write_latency, read_latency, touch)
+    write_latency, write_speed = _line(used, [both.write for both in seen])
+    read_latency, read_speed = _line(used, [both.read for both in seen])
+    handling, per_byte = _rising(used, [both.handling for both in seen])
+    return TierSpeed(
+        write_speed, read_speed, write_latency, read_latency, touch, handling, per_byte, copy / max(1, sizes[0])
+    )
 
 
-def _time_both(
-    tier: Tier, workers: Workers, slot: Slot, busy: Callable[[], None] | None, stuck_seconds: float, repeats: int
-) -> tuple[float, float]:
-    def median_time(*, is_write: bool) -> float:
-        transfers = [Transfer(_PROBE, slot, is_write=is_write) for _ in range(repeats)]
-        return median(_time(workers, transfer, busy, stuck_seconds) for transfer in transfers)
+def _copy_seconds(data: Bytes) -> float:
+    """To copy an item between places that have been touched before."""
+    other = np.zeros_like(data)
+    seconds = []
+    for _ in range(_REPEATS):
+        began = perf_counter()
+        other[:] = data
+        seconds.append(perf_counter() - began)
+    return median(seconds)
 
-    tier.reserve(_PROBE, slot.data.nbytes)
-    try:
-        return median_time(is_write=True), median_time(is_write=False)
-    finally:
-        tier.release(_PROBE)
+
+class _Both(NamedTuple):
+    """Median seconds of a write, of a read, and those that either costs compute."""
+
+    write: float
+    read: float
+    handling: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Moves an item back and forth.
+
+    A transfer costs compute what its worker computes, which holds the interpreter's lock or takes memory
+    bandwidth, and what handing it over takes.  How much longer steps take beside it would be the better
+    measure, but is lost in what they differ by anyway.
+    """
+
+    tier: Tier
+    workers: Workers
+    busy: Callable[[], None] | None
+    stuck_seconds: float
+    repeats: int
+
+    def of(self, slot: Slot) -> _Both:
+        self.tier.reserve(_PROBE, slot.data.nbytes)
+        try:
+            write, handling_writes = self._medians(slot, is_write=True)
+            read, handling_reads = self._medians(slot, is_write=False)
+        finally:
+            self.tier.release(_PROBE)
+        return _Both(write, read, (handling_writes + handling_reads) / 2.0)
+
+    def _medians(self, slot: Slot, *, is_write: bool) -> tuple[float, float]:
+        seconds, handling, began = list[float](), list[float](), perf_counter()
+        while len(seconds) < self._wanted(perf_counter() - began, len(seconds)):
+            transfer = Transfer(_PROBE, slot, is_write=is_write)
+            seconds.append(_time(self.workers, transfer, self.busy, self.stuck_seconds))
+            handling.append(transfer.cpu_seconds + transfer.handover_seconds)
+        return median(seconds), median(handling)
+
+    def _wanted(self, spent: float, done: int) -> int:
+        """Repetitions in all, going by those done: no more of those that take long."""
+        return self.repeats if spent < _LONG_SECONDS else min(self.repeats, max(1, done))
 
 
 def _time(workers: Workers, transfer: Transfer, busy: Callable[[], None] | None, stuck_seconds: float) -> float:
@@ -180,6 +246,14 @@ def _time(workers: Workers, transfer: Transfer, busy: Callable[[], None] | None,
     if finished.error is not None:
         raise finished.error
     return max(finished.seconds, 1e-9)
+
+
+def _rising(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """The line through one or two points: what is there for a size of 0, and what each byte adds; neither negative."""
+    if len(sizes) < 2 or seconds[-1] <= seconds[0]:
+        return sum(seconds) / len(seconds), 0.0
+    slope = min((seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0]), seconds[-1] / sizes[-1])
+    return max(0.0, seconds[0] - slope * sizes[0]), slope
 
 
 def _line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from longtape.actions import Action, Advance, Key, PullBack, Record, Reverse, Tu
 
 _BAR_WIDTH = 12
 _REDRAW_SECONDS = 0.1
+_COUNTED = frozenset({Advance, Record, Reverse, PullBack, Turn})
 
 
 class Progress:
@@ -53,6 +54,8 @@ class Progress:
         """Count an action and, ten times a second at most, redraw the line."""
         if self._first is None:
             self._first = began
+        if type(action) not in _COUNTED:
+            return
         match action:
             case Advance() | Record() if self.turned:
                 self.replayed += action.stop - action.start
@@ -64,8 +67,6 @@ class Progress:
                 self.reversed += action.stop - action.start
             case Turn():
                 self.turned, self._turned_at = True, ended
-            case _:
-                return
         if self._line is not None and (ended - self._drawn_at >= _REDRAW_SECONDS or self.reversed == self.steps):
             self._drawn_at = ended
             self._line.set_description_str(self.text(ended))

@@ -4,6 +4,8 @@ import itertools
 import json
 import random
 import tracemalloc
+from dataclasses import replace
+from math import floor
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,7 @@ LAYOUTS = st.fixed_dictionaries(
         "initial_is_free": st.booleans(),
         "safety": st.sampled_from([1, 4, 32]),
         "record_fraction": st.sampled_from([0.0, 0.3, 1.0]),
+        "dense": st.sampled_from([0, 0, 9, 60, 240]),
     }
 )
 RULES = st.sampled_from([EXACT, Rules(), Rules(grain_seconds=3.0), Rules(margin=0.0, elastic=False)])
@@ -131,6 +134,42 @@ def test_recording_everything_recomputes_nothing():
 def test_overhead_is_constant_in_the_length():
     per_step = [simulate(n, 16, speeds(2, 4, 4), layout=Layout(tail=0)).seconds / n for n in (1000, 4000, 16000)]
     assert max(per_step) / min(per_step) < 1.01
+
+
+@pytest.mark.parametrize(
+    ("slots", "ratio", "dense"), [(64, 1.25, 300), (100, 1.5, 288), (100, 2.5, 160), (20, 1.25, 80)]
+)
+def test_a_dense_end_is_run_once(slots, ratio, dense):
+    """Where writes take r steps, storage takes one state in r and memory the others of the last L = (s-4)·r/(r-1)."""
+    steps = 1000
+    times = [0] * steps
+
+    def count(action):
+        if isinstance(action, Advance):
+            for step in range(action.start, action.stop):
+                times[step] += 1
+
+    rules = replace(EXACT, deep=True)
+    outcome = simulate(steps, slots, speeds(1, ratio, ratio), layout=Layout(dense=dense), rules=rules, observe=count)
+    assert times[-dense:] == [1] * dense
+    assert outcome.stall_seconds < 0.01 * steps
+    bound = 2 * steps + max(0, steps - slots - floor(steps / ratio))
+    assert outcome.seconds <= 1.005 * bound
+
+
+@pytest.mark.parametrize("slower", [2.0, 10.0, 400.0])
+@pytest.mark.parametrize("rules", [EXACT, Rules(grain_seconds=0.0)])
+def test_a_dense_end_that_storage_cannot_keep_up_with_is_thinned(slower, rules):
+    """A plan made for r = 1.25 that meets another disk stays near to one without the dense end."""
+
+    def run(layout):
+        actual = Speeds(1.0, 2.0, constant(1.25 * slower), constant(1.25 * slower))
+        believed = Speeds(1.0, 2.0, constant(1.25), constant(1.25))
+        return simulate(1000, 64, actual, layout=layout, rules=rules, believed=believed)
+
+    dense, greedy = run(Layout(dense=300)), run(Layout(tail=64))
+    assert dense.forward_stall_seconds == 0.0
+    assert dense.seconds <= 1.05 * greedy.seconds
 
 
 def test_a_billion_steps_cost_no_memory():

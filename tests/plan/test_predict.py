@@ -18,6 +18,7 @@ from longtape.plan.predict import (
     HORIZON,
     Footprint,
     best_tail,
+    dense_tail,
     interval_advances,
     pace,
     predict_asynchronous,
@@ -244,6 +245,32 @@ def test_simulated_plans():
         errors.append(abs(error))
     assert len(errors) > 100
     assert median(errors) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("slots", "write", "adjoint"), [(64, 1.25, 1.0), (100, 1.5, 4.0), (32, 1.8, 2.0), (24, 3.5, 1.0)]
+)
+def test_a_dense_tail(slots, write, adjoint):
+    """L = ⌊(s-4)·I/(I-1)⌋ windows are run once: T = (n-L)·(1+p) + L + n·b, as in the event model."""
+    problem, costs = job(1000, slots, adjoint, write)
+    counted, footprint = pace(problem, costs, Footprint(1, slots)), Footprint(1, slots)
+    interior = spaced(counted, slots)
+    dense = dense_tail(counted, slots, interior)
+    assert dense == floor((slots - 4) * write / (write - 1) + 1e-9)
+    prediction = predict_asynchronous(problem, costs, footprint, dense=dense)
+    assert prediction.advances == round((1000 - dense) * (1 + interior.advances)) + dense
+    speeds = Speeds(1.0, adjoint, lambda key: write, lambda key: write)
+    outcome = simulate(1000, slots, speeds, layout=Layout(dense=dense), rules=replace(EXACT, deep=True))
+    assert prediction.time_seconds == pytest.approx(outcome.seconds, rel=0.005)
+    assert prediction.writes == pytest.approx(outcome.writes, abs=3)
+
+
+def test_there_is_no_dense_tail_where_all_is_stored_or_steps_take_no_time():
+    for steps, forward, write in ((1000, 1.0, 0.5), (1000, 1.0, 1.0), (1000, 1e-7, 1.25e-7)):
+        problem = Problem(steps, 1000, 64_000, has_disk=True)
+        costs = Costs(forward, 2 * forward, write_bytes_per_second=1000 / write, read_bytes_per_second=1000 / write)
+        counted = pace(problem, costs, Footprint(1, 64))
+        assert dense_tail(counted, 64, spaced(counted, 64)) == 0
 
 
 def test_unknown_length_is_predicted_over_a_horizon():

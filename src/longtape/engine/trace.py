@@ -138,6 +138,7 @@ class Trace:
         """Material changes of the forward sweep's spacing, the first of them."""
         self.replan_count = 0
         self._lanes = {name: _Lane() for name in LANES}
+        self._forward, self._reverse, self._copy = (self._lanes[name] for name in ("forward", "reverse", "copy"))
         self._levels: list[Level] = []
         self._level_every = 1
         self._level_count = 0
@@ -164,11 +165,11 @@ class Trace:
         if kind is Advance or kind is Record:
             self._ran(action, began, ended)  # type: ignore[arg-type]
         elif kind is Reverse or kind is PullBack:
-            self._span("reverse", began, ended)
+            self._reverse.add(began - self.zero, ended - self.zero)
             if kind is Reverse:
                 self.steps_retaped += action.stop - action.start  # type: ignore[union-attr]
         elif kind is Store or kind is Restore:
-            self._span("copy", began, ended)
+            self._copy.add(began - self.zero, ended - self.zero)
             self._note_levels(ended)
         elif kind is Await:
             self._waited(action, began, ended)  # type: ignore[arg-type]
@@ -176,11 +177,14 @@ class Trace:
             self.turned_at = ended - self.zero
 
     def _ran(self, action: Advance | Record, began: float, ended: float) -> None:
-        count = action.stop - action.start
-        fresh = min(count, max(0, action.stop - self._reached))
-        self._span("forward" if fresh else "replay", began, ended)
-        self._reached = max(self._reached, action.stop)
-        self.steps_forward += fresh
+        count, stop = action.stop - action.start, action.stop
+        fresh = min(count, max(0, stop - self._reached))
+        if fresh:
+            self._forward.add(began - self.zero, ended - self.zero)
+            self._reached = stop
+            self.steps_forward += fresh
+        else:
+            self._span("replay", began, ended)
         if type(action) is Record:
             self.steps_recorded += fresh
             self.steps_retaped += count - fresh

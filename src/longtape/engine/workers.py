@@ -23,12 +23,26 @@ from longtape.protocols import Slot, Tier
 class Transfer:
     """One item on its way.  `error` and the times are valid once it has been handed back."""
 
-    __slots__ = ("_claim", "began", "ended", "error", "is_repeat", "is_write", "key", "nbytes", "slot")
+    __slots__ = (
+        "_claim",
+        "began",
+        "cpu_seconds",
+        "ended",
+        "error",
+        "handover_seconds",
+        "is_repeat",
+        "is_write",
+        "key",
+        "nbytes",
+        "slot",
+    )
 
     def __init__(self, key: Key, slot: Slot, *, is_write: bool, is_repeat: bool = False) -> None:
         self.key, self.slot, self.is_write, self.is_repeat = key, slot, is_write, is_repeat
         self.nbytes = slot.data.nbytes
         self.began = self.ended = 0.0
+        self.cpu_seconds = self.handover_seconds = 0.0
+        """What the worker computed for it, and what it took to submit it."""
         self.error: Exception | None = None
         self._claim = threading.Lock()
 
@@ -67,7 +81,7 @@ class Workers:
             del transfer
 
     def _run(self, transfer: Transfer) -> None:
-        transfer.began = self._clock()
+        transfer.began, computed = self._clock(), time.thread_time()
         try:
             if transfer.slot.guard is not None:  # a device may still be copying from these bytes, or to them
                 transfer.slot.guard.wait()
@@ -78,11 +92,13 @@ class Workers:
                 self._tier.read(transfer.key, transfer.slot.data)
         except Exception as error:  # handed back, and dealt with on the executor's thread
             transfer.error = error
-        transfer.ended = self._clock()
+        transfer.ended, transfer.cpu_seconds = self._clock(), time.thread_time() - computed
 
     def submit(self, transfer: Transfer) -> None:
         """Queue a transfer; returns at once."""
+        began = self._clock()
         (self._to_write if transfer.is_write else self._to_read).put(transfer)
+        transfer.handover_seconds = self._clock() - began
 
     def next_finished(self, timeout: float | None) -> Transfer | None:
         """A finished transfer; waits up to `timeout` seconds for one, or without bound if None."""

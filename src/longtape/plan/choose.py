@@ -39,6 +39,7 @@ from longtape.plan.predict import (
     Prediction,
     best_tail,
     can_record,
+    dense_tail,
     horizon,
     pace,
     predict_asynchronous,
@@ -69,7 +70,10 @@ _LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
 _LEAST_GAIN_BY_WAITING = 0.01
 _LEAST_GAIN_BY_REWRITING = 0.05
+_LEAST_GAIN_BY_DENSITY = 0.002
 _SAME_TIME = 1.0 + 1e-9
+_ALMOST_SAME_TIME = 1.02
+"""A plan with room for noise may be predicted to take so much longer: without it, noise costs many times that."""
 _ROUNDING_SECONDS = 1e-9
 _MOST_REPEATS = 8
 _FEW_STORES = 8
@@ -106,6 +110,8 @@ class Choice:
     stall_spacing: int | None
     """Store at exactly this many steps, waiting for storage where it does not keep up; None: as storage allows."""
     prediction: Prediction
+    dense: int = 0
+    """Last steps of which every state is kept, on storage or else in memory; then `tail` is 0."""
     alternatives: tuple[tuple[str, Prediction], ...] = ()
     """The best of each other schedule that fits, quickest first."""
     longest_piece: int | None = None
@@ -188,7 +194,8 @@ def _check(problem: Problem, costs: Costs) -> None:
             f"{problem.state_nbytes} bytes, which is the least that would do; raise the budget to at least that"
         )
     times = [costs.forward, costs.reverse, costs.record or 0.0, costs.pull_back or 0.0]
-    times += [costs.write_latency, costs.read_latency, costs.link_latency]
+    times += [costs.write_latency, costs.read_latency, costs.link_latency, costs.handling, costs.handling_per_byte]
+    times.append(costs.save)
     if not all(isfinite(t) and t >= 0.0 for t in times):
         raise UsageError(f"times must be finite and not negative, but the costs are {costs}")
     if problem.has_disk and not min(costs.write_bytes_per_second, costs.read_bytes_per_second) > 0.0:
@@ -224,7 +231,7 @@ def _seconds(choice: Choice) -> float:
 
 
 def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
-    """The shortest of a schedule; among the equally short, the first found that is `_kindest`."""
+    """The shortest of a schedule; among those about equally short, the first found that is `_kindest`."""
     of_schedule = [choice for choice in choices if choice.schedule == schedule]
     if within := [choice for choice in of_schedule if not choice.uses_disk]:
         limit = min(map(_seconds, within)) * (1.0 - _LEAST_GAIN)
@@ -233,7 +240,7 @@ def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
         # Storage that turns out slower than believed delays a plan that waits for it, and no other.
         limit = min(map(_seconds, free)) * (1.0 - _LEAST_GAIN_BY_WAITING)
         of_schedule = [choice for choice in of_schedule if choice.stall_spacing is None or _seconds(choice) < limit]
-    limit = min(map(_seconds, of_schedule)) * _SAME_TIME
+    limit = min(map(_seconds, of_schedule)) * (_ALMOST_SAME_TIME if schedule == "residuals" else _SAME_TIME)
     return min((choice for choice in of_schedule if _seconds(choice) <= limit), key=_kindest)
 
 
@@ -243,10 +250,9 @@ def _kindest(choice: Choice) -> int:
         return choice.prediction.peak_memory_bytes
     if choice.schedule != "residuals":
         return int(choice.slots < 2)
-    if choice.record_fraction == 1.0:
-        return 2 * (choice.blocks < 3) + (choice.slots < 2)
-    # Snapshots wait behind the blocks that are to be written before them.
-    lacks = 2 * (choice.blocks < 3) + (choice.slots < choice.blocks + 2)
+    # Snapshots wait behind the blocks that are to be written before them.  So they do in a plan that records every
+    # window, where storage turns out slower than believed and windows have to be run again after all.
+    lacks = 4 * (choice.blocks < 3) + 2 * (choice.slots < 2) + (choice.slots < choice.blocks + 2)
     return 2 * ENOUGH_BLOCKS * lacks - min(choice.blocks, ENOUGH_BLOCKS)
 
 
@@ -360,7 +366,7 @@ def _with_snapshots(problem: Problem, costs: Costs) -> Iterator[Choice]:
     greedy: list[Choice] = []
     limited: list[Choice] = []
     for footprint in _footprints(problem, costs):
-        choice = _spaced_choice(problem, costs, footprint, None)
+        choice = _densest(problem, costs, _spaced_choice(problem, costs, footprint, None))
         if _fits_disk(problem, choice):
             greedy.append(choice)
         elif problem.steps is None:  # what is stored will be thinned to that spacing
@@ -400,6 +406,20 @@ def _spaced_choice(
         tail=0 if problem.steps is None else min(problem.steps, tail * footprint.window),
         stall_spacing=None if fixed is None else fixed * footprint.window,
     )
+
+
+def _densest(problem: Problem, costs: Costs, choice: Choice) -> Choice:
+    """The choice, or one that keeps every state of its end where storage is almost fast enough for all of them."""
+    if problem.steps is None:
+        return choice
+    job, slots = pace(problem, costs, choice.footprint), working_slots(problem, choice.footprint)
+    dense = dense_tail(job, slots, spaced(job, slots))
+    if dense * choice.window <= choice.tail:
+        return choice
+    prediction = predict_asynchronous(problem, costs, choice.footprint, dense=dense)
+    found = replace(choice, dense=min(problem.steps, dense * choice.window), tail=0, prediction=prediction)
+    gains = _seconds(found) < (1.0 - _LEAST_GAIN_BY_DENSITY) * _seconds(choice)
+    return found if gains and _fits_disk(problem, found) else choice
 
 
 def _fits_disk(problem: Problem, choice: Choice) -> bool:

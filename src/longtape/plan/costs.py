@@ -31,6 +31,17 @@ class Costs:
     read_bytes_per_second: float = inf
     write_latency: float = 0.0
     read_latency: float = 0.0
+    handling: float = 0.0
+    """What each transfer costs compute, whatever its size: handing it over, and the moments in which a worker holds
+    the interpreter's lock."""
+    handling_per_byte: float = 0.0
+    """And for each of its bytes: memory bandwidth that it takes from the steps."""
+    save: float = 0.0
+    """To copy a state to a slot or back; 0 where slots change hands."""
+
+    def handling_seconds(self, nbytes: int) -> float:
+        """Compute lost to one transfer of `nbytes`."""
+        return self.handling + nbytes * self.handling_per_byte
 
     out_bytes_per_second: float = inf
     """Over the link from a device to the memory that items are kept in."""

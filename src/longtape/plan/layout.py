@@ -41,6 +41,9 @@ class Layout:
     tail: int = 0
     """The last steps, which the forward sweep already stores as Revolve would.  N: no storage is used."""
 
+    dense: int = 0
+    """The last steps of which every state is kept: written, as fast as storage goes, or else in memory."""
+
     fixed_spacing: int | None = None
     """Store at every such step, waiting for storage where it does not keep up; None: as storage allows."""
 

@@ -22,6 +22,7 @@ from longtape.actions import (
     Store,
     Write,
 )
+from longtape.plan.binomial import repetitions
 from longtape.plan.course import Actions, Course
 from longtape.plan.online import MOST_WEIGHED, cheapest_drop, next_look
 from longtape.plan.stock import Status
@@ -31,6 +32,10 @@ FAILURES_TO_GIVE_UP = 3
 """Writes in a row that fail for good before storage counts as dead, and memory is used as if there were none."""
 
 
+DENSE_RESERVE = 2
+"""Slots that are left to the reverse sweep where every state of the end is kept."""
+
+
 class ForwardSweep:
     """Yields the actions of the forward sweep up to the tail."""
 
@@ -38,7 +43,7 @@ class ForwardSweep:
         self._course = course
         self._tail = course.layout.tail
         self._last_store = 0
-        self._gap_factor = 1
+        self._gap_factor = self._dense_gap = 1
         self._thinning = Thinning(course)
         self._failures = 0
         self._writes_ended = 0
@@ -230,7 +235,11 @@ class ForwardSweep:
         if self._course.layout.fixed_spacing or self._course.layout.longest_piece:
             while self._course.stock.snapshots.available() <= 0 and self._course.stock.writes:
                 yield Await(room=Kind.SNAPSHOT)
-        if window and not self._course.stock.has_room(Kind.SNAPSHOT):
+        if window and window >= self._dense_from():
+            yield from self._spare_dense()
+            if window - self._last_store < self._dense_gap:
+                return
+        elif window and not self._course.stock.has_room(Kind.SNAPSHOT):
             made = yield from self._thinning.make_room(Kind.SNAPSHOT)
             if not made or (not after_record and window - self._last_store < self._thinning.least_gap):
                 return
@@ -248,7 +257,8 @@ class ForwardSweep:
             return
         yield Store(self._course.at(window))
         self._course.restarts.append(window)
-        if self._course.layout.stores and self._course.stock.has_room(Kind.SNAPSHOT):
+        waits = window >= self._dense_from() and not self._writer_is_free()
+        if self._course.layout.stores and not waits and self._course.stock.has_room(Kind.SNAPSHOT):
             yield Write(self._course.snapshot(window))
 
     def _wants_snapshot(self, window: int) -> bool:
@@ -257,20 +267,62 @@ class ForwardSweep:
             return True
         if since < self._thinning.least_gap or not self._course.layout.stores:
             return False
+        if window >= self._dense_from():
+            return since >= self._dense_gap
         if self._course.layout.longest_piece:
             return window >= self._next_cut()
         if self._course.layout.fixed_spacing:
             return since >= self._course.windows(self._course.layout.fixed_spacing)
-        stock = self._course.stock
         if self._course.rules.keep_spacing and since < max(1, floor(self._course.spacing())):
             return False
-        # What is stored a step later is in memory, where it can be written from, only so much later still.
-        until = self._course.forward_seconds + self._course.layout.out_seconds
-        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < until * (1 - 1e-9)
-        if (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2:
+        if self._is_too_late(window):
+            return False
+        if self._writer_is_free():
             self._gap_factor = 1
             return True
         return self._course.rules.elastic and self._wants_elastic(since)
+
+    def _is_too_late(self, window: int) -> bool:
+        """Whether the interval up to the tail is so short that the read behind it would stall for longer than it saves.
+
+        An interval of l windows hides l·(t_F + t_B) of the read of the one below; without it that one has l windows
+        more, each advanced ρ times.
+        """
+        course, rest = self._course, self._greedy_end() - window
+        if rest == inf or not self._tail or not window:
+            return False
+        again = repetitions(max(1, ceil(course.spacing())) + 1, max(1, course.stock.snapshots.capacity - 1))
+        return rest * ((1 + again) * course.forward_seconds + course.reverse_seconds) < course.read_seconds
+
+    def _writer_is_free(self) -> bool:
+        """No write is under way, or the only one will have ended before one more window has.
+
+        With a device, what is stored a window later can be written only after its copy to
+        memory, which is so much later still; two writes may end in that time.
+        """
+        stock, copied = self._course.stock, self._course.layout.out_seconds
+        if not stock.writes:
+            return True
+        most = 2 if copied and stock.unwritten(Kind.SNAPSHOT) == len(stock.writes) else 1
+        until = self._course.forward_seconds + copied
+        ahead = stock.write_remainder() + (len(stock.writes) - 1) * stock.write.value
+        return len(stock.writes) <= most and ahead < until * (1 - 1e-9)
+
+    def _dense_from(self) -> float:
+        """The first window of the end of which every state is kept."""
+        steps, dense = self._course.stock.steps, self._course.layout.dense
+        return inf if steps is None or not dense else self._course.windows(steps) - self._course.windows(dense)
+
+    def _spare_dense(self) -> Actions:
+        """Where storage is slower than it was believed: keep every other state of the end, then every fourth, …"""
+        course, shelf = self._course, self._course.stock.snapshots
+        while shelf.available() < DENSE_RESERVE:
+            alone = [k for k in course.restarts if k >= self._dense_from() and self._is_in_memory_only(k)]
+            self._dense_gap *= 2
+            if len(alone) < 2:
+                return
+            for restart in alone[-2::-2]:
+                yield from self._drop(course.snapshot(restart))
 
     def _wants_elastic(self, since: int) -> bool:
         """Queue more than the writer can take now, into slots that would otherwise lie idle."""
@@ -311,8 +363,9 @@ class ForwardSweep:
         elif self._course.rules.keep_spacing:
             following = max(following, self._last_store + floor(self._course.spacing()))
         following = max(following, self._last_store + self._thinning.least_gap)
-        if self._course.layout.record_fraction:
+        if self._course.layout.record_fraction or window >= self._dense_from():
             following = window + 1
+        following = int(min(following, max(window + 1, self._dense_from())))
         return int(min(max(following, window + 1), self._greedy_end()))
 
     def _can_record(self, window: int) -> Generator[Action, None, bool]:

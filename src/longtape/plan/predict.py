@@ -31,6 +31,12 @@ from longtape.plan.costs import LEAST_TO_PIN, Costs, Problem
 HORIZON = 10_000
 """Steps for which a job of unknown length is predicted."""
 
+DENSE_SPARE = 4
+"""Slots that a dense tail leaves alone: for two states that are being written, and for noise."""
+
+DENSE_FROM_SECONDS = 1e-5
+"""A window that takes less is over before storage has been looked at."""
+
 _TINIEST_STEP = 1e-12
 _ROUNDING = 1e-9
 
@@ -390,6 +396,20 @@ def best_tail(job: Pace, slots: int, interior: Spaced) -> int:
     return capacity(slots - 1, repeats)
 
 
+def dense_tail(job: Pace, slots: int, interior: Spaced) -> int:
+    """L = min(n, ⌊(s-4)·I/(I-1)⌋) last windows, every state of which is kept; 0 where that is not to be.
+
+    With a device two slots more are left alone, for states on their way to where they are written from.
+    Storage takes one in I of them, and memory holds the others.  Where states are I ≤ 1 apart
+    all of them are stored anyway; steps that take next to no time leave none to look at storage.
+    """
+    if interior.spacing <= 1.0 + _ROUNDING or interior.forward_stall > 0.0 or job.advance < DENSE_FROM_SECONDS:
+        return 0
+    spare = DENSE_SPARE + (2 if job.out > 0.0 else 0)
+    length = floor((slots - spare) * interior.spacing / (interior.spacing - 1.0) + _ROUNDING)
+    return max(0, min(job.windows, length))
+
+
 def _filling(job: Pace, slots: int, spacing: float, tail: int) -> tuple[float, int]:
     """Seconds that the forward sweep waits at a fixed spacing, and the slots that are then left to the tail.
 
@@ -447,12 +467,15 @@ def predict_asynchronous(
     *,
     fixed: int | None = None,
     tail: int | None = None,
+    dense: int = 0,
     final_state: bool = True,
 ) -> Prediction:
     """Snapshots to storage as often as it takes them, Revolve in between.
 
     T = (n-M)·(1+p)·t_F + t(M, s-1)·t_F + n·t_B, with p as in `best_tail`, and with
     `final_state` ρ(M+1, s-1) windows more.  On storage lie at most ⌈(n-M)/I⌉ states.
+    With a dense tail of L windows instead, T = (n-L)·(1+p)·t_F + (L-1)·t_F + n·t_B, one window more
+    with `final_state`, and ⌈n/I⌉ states.
 
     Args:
         problem: The job.
@@ -460,11 +483,14 @@ def predict_asynchronous(
         footprint: Window and slots.
         fixed: Spacing in windows kept even where storage makes it wait; None: as storage allows.
         tail: M in windows, at least 1; None: the best where N is known, else 1.
+        dense: L in windows; takes the place of M where it is not 0.
         final_state: The forward sweep has to reach state N before the adjoint begins.
     """
     job = pace(problem, costs, footprint)
     slots = working_slots(problem, footprint)
     interior = spaced(job, slots, fixed=fixed)
+    if dense:
+        return _predict_dense(problem, costs, footprint, interior, dense, final_state=final_state)
     if tail is None:
         tail = 1 if problem.steps is None else best_tail(job, slots, interior)
     greedy = job.windows - tail
@@ -493,13 +519,40 @@ def predict_asynchronous(
     )
 
 
-def _moved_between(job: Pace, slots: int, interior: Spaced, writes: int, tail: int) -> Passage:
-    """Over the link: what is stored on the way, and what Revolve keeps between and after."""
+def _moved_between(
+    job: Pace, slots: int, interior: Spaced, writes: int, tail: int, *, keeps_all: bool = False
+) -> Passage:
+    """Over the link: what is stored on the way, and what Revolve keeps between and after, or all states of the end."""
     # On one slot less from when the read of the next interval begins.
     length = max(1, round(interior.spacing))
     within = 0.5 * (stores(length, slots) + stores(length, max(1, slots - 1))) - 1.0
-    dense = writes * within + stores(tail, max(1, slots - 1))
+    dense = writes * within + (tail if keeps_all else stores(tail, max(1, slots - 1)))
     return passage(job, sparse=writes, gap=interior.spacing, dense=dense)
+
+
+def _predict_dense(
+    problem: Problem, costs: Costs, footprint: Footprint, interior: Spaced, dense: int, *, final_state: bool
+) -> Prediction:
+    job = pace(problem, costs, footprint)
+    greedy = job.windows - dense
+    advanced = greedy * (1.0 + interior.advances) + dense - (not final_state)
+    writes = _writes(job.windows, interior.spacing)
+    read_again = floor(dense / interior.spacing)
+    stalled = greedy * interior.reverse_stall + max(0.0, read_again * job.read - dense * job.adjoint)
+    moved = _moved_between(
+        job, working_slots(problem, footprint), interior, _writes(greedy, interior.spacing), dense, keeps_all=True
+    )
+    return tally(
+        problem,
+        costs,
+        footprint,
+        seconds=advanced * job.advance + job.windows * job.adjoint + stalled + moved.stall,
+        advanced=advanced * job.steps + job.windows * job.inner,
+        stalled=stalled,
+        snapshots_written=writes,
+        snapshots_read=max(0, writes - 1),
+        moved=moved,
+    )
 
 
 def tally(
@@ -517,8 +570,13 @@ def tally(
     moved: Passage | None = None,
     blocks_moved: int = 0,
 ) -> Prediction:
-    """A prediction from seconds, steps advanced and items moved: to and from storage, and over the link."""
+    """A prediction from seconds, steps advanced and items moved, to and from storage and over the link.
+
+    Each transfer to or from storage adds what it costs compute.
+    """
     state, block = problem.state_nbytes, footprint.window * (problem.residual_nbytes or 0)
+    seconds += (snapshots_written + snapshots_read) * (costs.handling_seconds(state) + costs.save)
+    seconds += (blocks_written + blocks_read) * costs.handling_seconds(block)
     written = snapshots_written * state + blocks_written * block
     link = moved if moved is not None and problem.device is not None else Passage()
     return Prediction(
