@@ -295,11 +295,18 @@ class ForwardSweep:
         return rest * ((1 + again) * course.forward_seconds + course.reverse_seconds) < course.read_seconds
 
     def _writer_is_free(self) -> bool:
-        """No write is under way, or the only one will have ended before one more window has."""
-        # What is stored a window later is in memory, where it can be written from, only so much later still.
-        stock, until = self._course.stock, self._course.forward_seconds + self._course.layout.out_seconds
-        ends_in_time = len(stock.writes) == 1 and stock.write_remainder() < until * (1 - 1e-9)
-        return (not stock.writes or ends_in_time) and stock.unwritten(Kind.SNAPSHOT) < 2
+        """No write is under way, or the only one will have ended before one more window has.
+
+        With a device, what is stored a window later can be written only after its copy to
+        memory, which is so much later still; two writes may end in that time.
+        """
+        stock, copied = self._course.stock, self._course.layout.out_seconds
+        if not stock.writes:
+            return True
+        most = 2 if copied and stock.unwritten(Kind.SNAPSHOT) == len(stock.writes) else 1
+        until = self._course.forward_seconds + copied
+        ahead = stock.write_remainder() + (len(stock.writes) - 1) * stock.write.value
+        return len(stock.writes) <= most and ahead < until * (1 - 1e-9)
 
     def _dense_from(self) -> float:
         """The first window of the end of which every state is kept."""

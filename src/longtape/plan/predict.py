@@ -399,12 +399,14 @@ def best_tail(job: Pace, slots: int, interior: Spaced) -> int:
 def dense_tail(job: Pace, slots: int, interior: Spaced) -> int:
     """L = min(n, ⌊(s-4)·I/(I-1)⌋) last windows, every state of which is kept; 0 where that is not to be.
 
+    With a device two slots more are left alone, for states on their way to where they are written from.
     Storage takes one in I of them, and memory holds the others.  Where states are I ≤ 1 apart
     all of them are stored anyway; steps that take next to no time leave none to look at storage.
     """
     if interior.spacing <= 1.0 + _ROUNDING or interior.forward_stall > 0.0 or job.advance < DENSE_FROM_SECONDS:
         return 0
-    length = floor((slots - DENSE_SPARE) * interior.spacing / (interior.spacing - 1.0) + _ROUNDING)
+    spare = DENSE_SPARE + (2 if job.out > 0.0 else 0)
+    length = floor((slots - spare) * interior.spacing / (interior.spacing - 1.0) + _ROUNDING)
     return max(0, min(job.windows, length))
 
 
