@@ -97,6 +97,7 @@ class AsyncMultistage(CheckpointSchedule):  # type: ignore[misc]
         choice = self.choice
         layout = Layout(
             tail=choice.tail,
+            dense=choice.dense,
             fixed_spacing=choice.stall_spacing,
             longest_piece=choice.longest_piece,
             stores=choice.uses_disk,
