@@ -83,7 +83,7 @@ def test_a_graph_that_is_being_captured(monkeypatch: pytest.MonkeyPatch) -> None
         small()
 
 
-@pytest.mark.parametrize("at", range(1, 60, 3))
+@pytest.mark.parametrize("at", range(1, 60, 5))
 @pytest.mark.parametrize("delay", [when_wanted, drawn(2)])
 def test_a_device_lost_midway(
     at: int, delay: Callable[[str], float], scratch: Path, monkeypatch: pytest.MonkeyPatch
