@@ -65,7 +65,7 @@ _PATIENCE_SECONDS = 1.0
 REPLAY_SECONDS = 5e-6
 """About what a step takes in the event model."""
 
-REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.005, 0.05
+REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.002, 0.05
 """A report replays its run in the event model for this share of the run's time, or these seconds, and no longer."""
 
 STAGED = 4
@@ -463,7 +463,12 @@ class Run:
         """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
         if choice.schedule != "residuals" or self._limits is not None:
             return choice
-        expected = min(choice.prediction.peak_memory_bytes, self._rehearsed(choice))
+        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
+        if choice.record_fraction == 1.0:
+            held = min(choice.blocks, 2 * STAGED) * block + min(choice.slots, STAGED) * state
+        else:
+            held = self._rehearsed(choice)
+        expected = min(choice.prediction.peak_memory_bytes, held)
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
 
     def _rehearsed(self, choice: Choice) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from heapq import nlargest
 
 from longtape.actions import (
     Action,
@@ -37,6 +38,9 @@ from longtape.protocols import Ahead, Job, Meter, Observer
 
 BLOCKS_AHEAD = 2
 """Residual blocks that are announced; of snapshots only the next one, for others may be stored above the one below."""
+
+_LOOKS_AHEAD_AFTER = frozenset({Turn, Advance, Record, Reverse, PullBack, Restore, Await})
+"""Actions that take time, in which items may have arrived: looking through all there are after each would add up."""
 
 
 class Executor:
@@ -101,7 +105,7 @@ class Executor:
             poll()
             if meter is not None:
                 meter.poll()
-            if self._ahead is not None and self._turned:
+            if self._ahead is not None and self._turned and type(action) in _LOOKS_AHEAD_AFTER:
                 self._announce(self._ahead, self._adjoint)
 
     def _notice(self, action: Action, ran: int, began: float, ended: float) -> None:
@@ -118,7 +122,7 @@ class Executor:
     def _announce(self, ahead: Ahead, below: int) -> None:
         """Say what is wanted next once the adjoint stands at step `below`: blocks, or else the highest snapshot."""
         stock, held = self._stock, self._mover.held
-        blocks = sorted((step for step in stock.residuals.memory if step < below), reverse=True)[:BLOCKS_AHEAD]
+        blocks = nlargest(BLOCKS_AHEAD, (step for step in stock.residuals.memory if step < below))
         snapshot = max((step for step in stock.snapshots.memory if step < below), default=-1)
         wanted = [Key(Kind.RESIDUALS, step) for step in blocks if step >= snapshot]
         if snapshot >= 0 and not wanted:
