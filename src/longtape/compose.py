@@ -56,9 +56,6 @@ CODEC_ITEMS = 3
 LEAST_CODEC_GAIN = 0.01
 """Share of the time that a codec must be predicted to save before it is used."""
 
-MOST_REHEARSED = 100
-"""Windows of a plan that are run in the event model to see what it holds."""
-
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
 
@@ -464,28 +461,11 @@ class Run:
         if choice.schedule != "residuals" or self._limits is not None:
             return choice
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        if choice.record_fraction == 1.0:
-            held = min(choice.blocks, 2 * STAGED) * block + min(choice.slots, STAGED) * state
-        else:
-            held = self._rehearsed(choice)
+        # A plan that records a part of the windows does so as fast as storage goes, and all blocks wait to be written.
+        blocks = min(choice.blocks, 2 * STAGED) if choice.record_fraction == 1.0 else choice.blocks
+        held = blocks * block + min(choice.slots, STAGED) * state
         expected = min(choice.prediction.peak_memory_bytes, held)
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
-
-    def _rehearsed(self, choice: Choice) -> int:
-        """Bytes that a plan with recorded windows holds, by its first windows in the event model."""
-        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        costs, sizes = self.costs, {Kind.SNAPSHOT: state, Kind.RESIDUALS: block}
-        speeds = Speeds(
-            costs.forward,
-            costs.reverse,
-            lambda key: costs.write_seconds(sizes[key.kind]),
-            lambda key: costs.read_seconds(sizes[key.kind]),
-            costs.record,
-            costs.pull_back,
-        )
-        steps = min(self._traits.steps or MOST_REHEARSED * choice.window, MOST_REHEARSED * choice.window)
-        outcome = simulate(steps, choice.slots, speeds, layout=self._layout(choice), blocks=choice.blocks)
-        return outcome.peak_slots * state + outcome.peak_blocks * block
 
     def _layout(self, choice: Choice) -> Layout:
         layout, staging = layout_of(choice, self._problem(), self.costs), self._staging(choice)
