@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longtape.actions import Kind
 from longtape.errors import BudgetError, UsageError
+from longtape.foresee import layout_of
 from longtape.plan import choose as module
 from longtape.plan.choose import Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.predict import HORIZON, Footprint, can_record, predict_asynchronous, predict_revolve
+from longtape.plan.simulate import Speeds, simulate
 
 MIB = 2**20
 STEP = Costs(1e-3, 2e-3)
@@ -343,3 +346,38 @@ def test_a_disk_limit_holds_to_the_last_item():
     choice = choose(problem, Costs(1e-6, 1e-6, 1.2e-6, 5e-7, 1e8, 1e8))
     assert choice.schedule == "residuals"
     assert choice.prediction.peak_disk_bytes <= problem.disk_nbytes
+
+
+# What a transfer costs compute
+
+
+def test_small_steps_are_stored_in_larger_windows_where_transfers_cost_compute():
+    """A transfer that costs as much as a step is not made for every step."""
+    problem = Problem(4000, 128 * 1024, 16 * MIB, has_disk=True, residual_nbytes=448 * 1024)
+    costs = Costs(5e-4, 15e-4, 6e-4, 9e-4, write_bytes_per_second=2e8, read_bytes_per_second=2e8)
+    free, dear = (choose(problem, replace(costs, handling=handling)) for handling in (0.0, 1e-3))
+    assert dear.prediction.writes < free.prediction.writes / 2
+    assert dear.prediction.time_seconds > free.prediction.time_seconds
+
+
+@pytest.mark.parametrize("bandwidth", [115e6, 180e6, 230e6, 300e6])
+def test_plans_with_recorded_windows_have_slots_for_what_has_to_be_run_again(bandwidth):
+    """On storage a third slower than believed, no stretch is run again and again: with two slots most steps were."""
+    problem = Problem(2000, 128 * 1024, 16 * MIB, has_disk=True, residual_nbytes=448 * 1024)
+    speed = dict.fromkeys(("write_bytes_per_second", "read_bytes_per_second"), bandwidth)
+    handling = {"handling": 1.5e-4, "handling_per_byte": 1e-11, "save": 2e-5}
+    costs = Costs(14e-4, 36e-4, 16e-4, 2e-3, write_latency=1e-4, read_latency=1e-4, **speed, **handling)
+    choice = choose(problem, costs)
+    assert choice.schedule == "residuals"
+    assert choice.slots >= choice.blocks + 2
+    block = choice.window * problem.residual_nbytes
+
+    def taken(slower):
+        def seconds(key):
+            return slower * costs.write_seconds(problem.state_nbytes if key.kind is Kind.SNAPSHOT else block)
+
+        speeds = Speeds(costs.forward, costs.reverse, seconds, seconds, costs.record, costs.pull_back)
+        layout = layout_of(choice, problem)
+        return simulate(2000, choice.slots, speeds, layout=layout, blocks=choice.blocks).seconds
+
+    assert taken(1.35) < 1.15 * taken(1.0)

@@ -42,6 +42,11 @@ def test_many_slots_come_close_to_the_bound_where_storage_is_almost_fast_enough(
     assert abs(cell.error) <= 0.003
 
 
+def test_nothing_is_stored_so_late_that_the_read_below_the_tail_stalls():
+    cell = examine(10_000, 32, 33, 2.0)
+    assert cell.simulated < cell.rival
+
+
 def test_the_committed_result_has_its_cells():
     committed = json.loads(RESULT.read_text())
     assert committed["summary"]["cells"] == len(committed["cells"]) >= 1500

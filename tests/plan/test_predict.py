@@ -265,6 +265,15 @@ def test_a_dense_tail(slots, write, adjoint):
     assert prediction.writes == pytest.approx(outcome.writes, abs=3)
 
 
+def test_each_transfer_costs_compute_what_it_is_handled_for():
+    """T grows by (writes + reads)·(handling + S·handling_per_byte + save)."""
+    problem, costs = job(1000, 8, write=3.0)
+    plain = predict_asynchronous(problem, costs, Footprint(1, 8))
+    handled = replace(costs, handling=0.25, handling_per_byte=0.5 / STATE, save=0.125)
+    found = predict_asynchronous(problem, handled, Footprint(1, 8))
+    assert found.time_seconds == pytest.approx(plain.time_seconds + (plain.writes + plain.reads) * 0.875)
+
+
 def test_there_is_no_dense_tail_where_all_is_stored_or_steps_take_no_time():
     for steps, forward, write in ((1000, 1.0, 0.5), (1000, 1.0, 1.0), (1000, 1e-7, 1.25e-7)):
         problem = Problem(steps, 1000, 64_000, has_disk=True)

@@ -73,7 +73,7 @@ _LEAST_GAIN_BY_REWRITING = 0.05
 _LEAST_GAIN_BY_DENSITY = 0.002
 _SAME_TIME = 1.0 + 1e-9
 _ALMOST_SAME_TIME = 1.02
-"""A plan with room for noise may be predicted to take so much longer: without it, noise costs many times that."""
+"""A plan that lacks less may be predicted to take so much longer: without room for it, noise costs many times that."""
 _ROUNDING_SECONDS = 1e-9
 _MOST_REPEATS = 8
 _FEW_STORES = 8
@@ -231,7 +231,7 @@ def _seconds(choice: Choice) -> float:
 
 
 def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
-    """The shortest of a schedule; among those about equally short, the first found that is `_kindest`."""
+    """The shortest of a schedule; among the equally short, the first found that is `_kindest`."""
     of_schedule = [choice for choice in choices if choice.schedule == schedule]
     if within := [choice for choice in of_schedule if not choice.uses_disk]:
         limit = min(map(_seconds, within)) * (1.0 - _LEAST_GAIN)
@@ -240,8 +240,22 @@ def _quickest(choices: list[Choice], schedule: Schedule) -> Choice:
         # Storage that turns out slower than believed delays a plan that waits for it, and no other.
         limit = min(map(_seconds, free)) * (1.0 - _LEAST_GAIN_BY_WAITING)
         of_schedule = [choice for choice in of_schedule if choice.stall_spacing is None or _seconds(choice) < limit]
-    limit = min(map(_seconds, of_schedule)) * (_ALMOST_SAME_TIME if schedule == "residuals" else _SAME_TIME)
+    if schedule == "residuals":
+        limit = min(map(_seconds, of_schedule)) * _ALMOST_SAME_TIME
+        about = [choice for choice in of_schedule if _seconds(choice) <= limit]
+        least = min(map(_lacks, about))
+        of_schedule = [choice for choice in about if _lacks(choice) == least]
+    limit = min(map(_seconds, of_schedule)) * _SAME_TIME
     return min((choice for choice in of_schedule if _seconds(choice) <= limit), key=_kindest)
+
+
+def _lacks(choice: Choice) -> int:
+    """What a plan with recorded windows lacks to bear noise: blocks, a slot for insurance, slots for what waits.
+
+    Snapshots wait behind the blocks that are to be written before them.  So they do in a plan that records every
+    window, where storage turns out slower than believed and windows have to be run again after all.
+    """
+    return 4 * (choice.blocks < 3) + 2 * (choice.slots < 2) + (choice.slots < choice.blocks + 2)
 
 
 def _kindest(choice: Choice) -> int:
@@ -250,11 +264,7 @@ def _kindest(choice: Choice) -> int:
         return choice.prediction.peak_memory_bytes
     if choice.schedule != "residuals":
         return int(choice.slots < 2)
-    # Snapshots wait behind the blocks that are to be written before them.  So they do in a plan that records every
-    # window, where storage turns out slower than believed and windows have to be run again after all.
-    lacks = 4 * (choice.blocks < 3) + 2 * (choice.slots < 2) + (choice.slots < choice.blocks + 2)
-    # Where every window is recorded, the first found has the largest blocks, which cost compute least.
-    return 2 * ENOUGH_BLOCKS * lacks - (min(choice.blocks, ENOUGH_BLOCKS) if choice.record_fraction < 1.0 else 0)
+    return -min(choice.blocks, ENOUGH_BLOCKS) if choice.record_fraction < 1.0 else 0
 
 
 # Windows that can matter ------------------------------------------------------------------------
