@@ -159,6 +159,13 @@ def test_recomputing_is_set_beside_the_optimum() -> None:
     assert report.simulated.seconds <= report.measured.seconds
 
 
+def test_a_replay_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtape.compose.REPLAY_SECONDS", 0.0)
+    monkeypatch.setattr("longtape.compose.REPLAY_SHARE", 0.0)
+    monkeypatch.setattr("longtape.compose.LEAST_REPLAY_SECONDS", 1e-9)
+    assert run(Slow(SIZE), 400, memory=6 * STATE, tier=slow_tier(1e-3), costs=told(1e-3)).report.simulated is None
+
+
 def test_with_storage_the_replayed_plan_is_near_the_run() -> None:
     report = run(Slow(SIZE), 400, memory=6 * STATE, tier=slow_tier(1e-3), costs=told(1e-3)).report
     assert report.simulated is not None

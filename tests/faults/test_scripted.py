@@ -79,7 +79,8 @@ def test_right_states_whatever_storage_does(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=5_000, deadline=None)
+@pytest.mark.timeout(600)
+@settings(max_examples=20_000, deadline=None)
 @given(cases())
 def test_right_states_whatever_storage_does_at_length(case):
     attempt(case)
