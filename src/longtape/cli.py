@@ -255,6 +255,7 @@ def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
         "blocks": choice.blocks,
         "record_fraction": choice.record_fraction,
         "tail": choice.tail,
+        "dense": choice.dense,
         "time_seconds": seconds,
         "ideal_seconds": prediction.ideal_seconds,
         "overhead": seconds / prediction.ideal_seconds if prediction.ideal_seconds else 1.0,

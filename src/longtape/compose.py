@@ -451,8 +451,7 @@ class Run:
         if window < 1:
             raise BudgetError(
                 f"{self._memory_name}={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one "
-                f"step, "
-                f"{format_bytes(state + block)} together; give at least that, or use capture=False"
+                f"step, {format_bytes(state + block)} together; give at least that, or use capture=False"
             )
         return replace(choice, slots=slots, blocks=1, window=window)
 
@@ -467,20 +466,20 @@ class Run:
         expected = min(choice.prediction.peak_memory_bytes, held)
         return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
 
-    def _layout(self, choice: Choice) -> Layout:
-        layout, staging = layout_of(choice, self._problem(), self.costs), self._staging(choice)
-        if choice.schedule == "asynchronous" and staging is not None:
+    def _layout(self) -> Layout:
+        layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging()
+        if self.choice.schedule == "asynchronous" and staging is not None:
             tail = layout.dense or layout.tail
-            layout = replace(layout, tail=min(tail, staging * choice.window), dense=0)
+            layout = replace(layout, tail=min(tail, staging * self.choice.window), dense=0)
         free = self._traits.initial_is_free
         return replace(layout, staging=staging, initial_is_free=free)
 
-    def _staging(self, choice: Choice) -> int | None:
+    def _staging(self) -> int | None:
         """Items to hold in the forward sweep, where touching more memory costs more than it can save."""
-        if not choice.uses_disk:
+        if not self.choice.uses_disk:
             return None
         state = self._item_nbytes(self._traits.state_nbytes)
-        if state / self._touch < self.costs.forward and not choice.record_fraction:
+        if state / self._touch < self.costs.forward and not self.choice.record_fraction:
             return None
         return STAGED
 
@@ -524,7 +523,7 @@ class Run:
             observers=observers,
             on_fault=self._warn_once,
         )
-        layout = self._layout(self.choice)
+        layout = self._layout()
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
         accelerator = self._accelerator
         if accelerator is not None:
@@ -829,7 +828,7 @@ class Run:
             steps,
             self.choice.slots,
             self._seen_speeds(steps),
-            layout=self._layout(self.choice),
+            layout=self._layout(),
             blocks=self.choice.blocks,
             known=self._traits.steps is not None,
             observe=watch,
@@ -991,13 +990,15 @@ def _seen(speed: CodecSpeed) -> str:
 
 def describe(choice: Choice) -> str:
     """The plan in one line, for people."""
-    parts = [f"{choice.schedule}: {choice.slots:,} snapshots in memory"]
+    parts = [f"{choice.schedule}: {choice.slots:,} snapshots {'on the device' if choice.on_device else 'in memory'}"]
     if choice.blocks:
         parts.append(f"{choice.blocks} residual blocks of {choice.window} steps")
     if choice.schedule == "given" and choice.prediction.writes:
         parts.append(f"{choice.prediction.writes:,} stored on disk")
     if choice.schedule == "asynchronous":
         parts.append(f"one stored every {choice.spacing:.1f} steps")
+    if choice.dense:
+        parts.append(f"every state of the last {choice.dense:,} steps kept")
     if choice.record_fraction:
         parts.append(f"{choice.record_fraction:.0%} of the steps recorded")
     if choice.on_device:
