@@ -1,12 +1,13 @@
 """Measuring a tier: what is written stays little where it is slow, and what a transfer costs compute is seen."""
 
-from time import perf_counter
+from time import perf_counter, sleep
 
 import pytest
 
 from longtape.engine.workers import Workers
-from longtape.measure import measure_tier
-from longtape.testing.tiers import ThrottledTier
+from longtape.errors import StorageError
+from longtape.measure import LEAST_WINDOWS, measure_tier, measure_windows
+from longtape.testing.tiers import FailingTier, ThrottledTier, nth
 from longtape.tiers.memory import MemoryTier
 
 SMALL, LARGE = 64 << 10, 4 << 20
@@ -39,3 +40,65 @@ def test_what_a_worker_computes_for_a_transfer_is_counted():
     speed, _ = measured(4e9)
     assert 0.0 < speed.handling + speed.handling_per_byte * LARGE < 0.5
     assert speed.copy_per_byte > 0.0
+
+
+class Sleeping:
+    """Windows whose steps take a known time; blocks must come back as they were recorded."""
+
+    def __init__(self, record, pull_back):
+        self.seconds = {"record": record, "pull_back": pull_back}
+        self.calls = {"record": 0, "pull_back": 0}
+        self.ended = False
+
+    def _run(self, which, count):
+        self.calls[which] += 1
+        sleep(count * self.seconds[which])
+
+    def record(self, slot, count):
+        slot.data[:] = 7
+        self._run("record", count)
+
+    def pull_back(self, slot, count):
+        assert (slot.data == 7).all()
+        self._run("pull_back", count)
+
+    def end(self):
+        self.ended = True
+
+
+def tried(windows, tier, seconds):
+    workers = Workers(tier, perf_counter)
+    try:
+        return measure_windows(workers, tier, windows, SMALL, 3, seconds=seconds, stuck_seconds=30.0)
+    finally:
+        workers.close(30.0)
+
+
+def test_windows_are_timed_each_way_beside_transfers():
+    windows, tier = Sleeping(2e-3, 5e-3), MemoryTier()
+    record, pull_back = tried(windows, tier, 0.1)
+    assert 2e-3 <= record < 4e-3
+    assert 5e-3 <= pull_back < 8e-3
+    assert tier.bytes_written >= (LEAST_WINDOWS - 1) * SMALL
+    assert tier.bytes_read >= (LEAST_WINDOWS - 1) * SMALL
+    assert tier.bytes_in_use == 0
+    assert windows.ended
+
+
+def test_few_windows_are_tried_where_time_is_short():
+    windows = Sleeping(1e-3, 1e-3)
+    tried(windows, MemoryTier(), 0.0)
+    assert windows.calls == {"record": LEAST_WINDOWS, "pull_back": LEAST_WINDOWS}
+
+
+def test_slow_storage_is_not_charged_to_the_steps():
+    tier = ThrottledTier(MemoryTier(), write_bytes_per_second=2e6, read_bytes_per_second=2e6)
+    record, _ = tried(Sleeping(1e-3, 1e-3), tier, 0.0)
+    assert record < SMALL / 2e6 / 3
+
+
+def test_a_tier_that_fails_meanwhile_is_named():
+    windows, tier = Sleeping(1e-3, 1e-3), FailingTier(MemoryTier(), nth("write", 1))
+    with pytest.raises(StorageError):
+        tried(windows, tier, 0.0)
+    assert windows.ended

@@ -27,7 +27,7 @@ from longtape.engine.trace import Trace
 from longtape.engine.workers import Aside, Workers
 from longtape.errors import BudgetError, ResumeError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
-from longtape.measure import CodecSpeed, JobCosts, measure_codec, measure_tier
+from longtape.measure import LEAST_WINDOWS, CodecSpeed, JobCosts, Windows, measure_codec, measure_tier, measure_windows
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.binomial import advances
 from longtape.plan.choose import Choice, choose, predict_again
@@ -64,6 +64,9 @@ REPLAY_SECONDS = 5e-6
 
 REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.002, 0.05
 """A report replays its run in the event model for this share of the run's time, or these seconds, and no longer."""
+
+TRIAL_SHARE, MOST_TRIAL_SECONDS = 0.005, 0.2
+"""Windows are tried beside storage for this share of the predicted time each way, and no longer than these seconds."""
 
 STAGED = 4
 """Two items being written, one being stored, and one to spare."""
@@ -246,8 +249,18 @@ class Run:
             self.memory_nbytes = self._limits.memory_nbytes
             self._memory_name = "memory"
         self.choice = self._expected(self._fitted(choice, self.memory_nbytes - self._spared()))
-        if self._codec is None or self._tier is None or choice.on_device:
-            return
+        if self._codec is not None and self._tier is not None and not choice.on_device:
+            self._choose_packed(job, stated)
+        if job.windows is not None and self._compressed is None:
+            self._try_windows(job.windows)
+            if job.restore is not None:
+                job.restore()
+
+    def _choose_packed(self, job: JobCosts, stated: Costs | None) -> None:
+        """Use the codec, if the plan gains by it."""
+        assert self._codec is not None
+        assert self._tier is not None
+        costs = self.costs
         speed = CodecSpeed(1.0, inf, inf, 1.0)  # stated costs are those of items, codec included
         if stated is None and job.sample is not None:
             try:
@@ -268,6 +281,40 @@ class Run:
         self._workers.close(_PATIENCE_SECONDS)
         self._tier = self._compressed
         self._workers = Workers(self._tier, self._clock)
+
+    def _try_windows(self, windows: Windows) -> None:
+        """Run some windows of the chosen plan beside storage, and predict by what their steps then take."""
+        choice, costs = self.choice, self.costs
+        if choice.schedule != "residuals" or not choice.uses_disk or self._keeper is not None:
+            return
+        if self._tier is None or self._workers is None or not costs.record or not costs.pull_back:
+            return
+        block, steps, expected = self._block_nbytes(choice), choice.window, choice.prediction.time_seconds
+        computing = LEAST_WINDOWS * steps * (costs.record + costs.pull_back)
+        moving = LEAST_WINDOWS * (costs.write_seconds(block) + costs.read_seconds(block))
+        if computing + moving > 4 * TRIAL_SHARE * expected:
+            return
+        seconds, stuck_seconds = min(MOST_TRIAL_SECONDS, TRIAL_SHARE * expected), self._settings.stuck_seconds
+        try:
+            recorded, pulled = measure_windows(
+                self._workers, self._tier, windows, block, steps, seconds=seconds, stuck_seconds=stuck_seconds
+            )
+        except OSError as error:
+            self._go_without_storage(error)
+            self.choice = self._fitted(choose(self._problem(), costs), self.memory_nbytes)
+            return
+        handling = costs.handling_seconds(block) / steps
+        record = max(0.5 * costs.record, recorded - handling)
+        pull_back = max(0.5 * costs.pull_back, pulled - handling)
+        self.costs = replace(
+            costs,
+            forward=costs.forward * record / costs.record,
+            reverse=record + pull_back,
+            record=record,
+            pull_back=pull_back,
+        )
+        prediction = predict_again(choice, self._problem(), self.costs)
+        self.choice = self._expected(replace(choice, prediction=prediction))
 
     def _gains(self, found: Choice) -> bool:
         before, after = self.choice.prediction.time_seconds, found.prediction.time_seconds

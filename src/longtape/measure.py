@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from statistics import median
+from statistics import fmean, median
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +27,21 @@ _LONG_SECONDS = 0.2
 """Once transfers have taken so long together, they are not repeated."""
 _BEARABLE_SECONDS = 0.05
 """The larger of two sizes is to take no longer than this."""
+LEAST_WINDOWS = 3
+"""Windows run each way, the first before any transfer; of more, the slowest is left out."""
+
+
+class Windows(Protocol):
+    """Runs a job's first steps as its sweeps run theirs; nothing is kept of it."""
+
+    def record(self, slot: Slot, count: int) -> None:
+        """So many steps into a block, which has the size that they need."""
+
+    def pull_back(self, slot: Slot, count: int) -> None:
+        """The adjoint of the steps that were recorded into this block, or into another and copied to it."""
+
+    def end(self) -> None:
+        """Forget them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +58,8 @@ class JobCosts:
     """Puts state 0 back after `busy` and `sample`."""
     sample: Callable[[], tuple[Kind, Bytes]] | None = None
     """An item of the job's own data, some steps on: how small it becomes depends on what it holds."""
+    windows: Windows | None = None
+    """For a job that records."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +191,75 @@ def measure_tier(
     return TierSpeed(
         write_speed, read_speed, write_latency, read_latency, touch, handling, per_byte, copy / max(1, sizes[0])
     )
+
+
+def measure_windows(
+    workers: Workers, tier: Tier, windows: Windows, nbytes: int, count: int, *, seconds: float, stuck_seconds: float
+) -> tuple[float, float]:
+    """Record windows and pull them back for a while, with storage at work on them as in the sweeps.
+
+    What steps take beside storage is more than what they take alone and what transfers compute together: their
+    blocks come from memory and not from a cache, and bandwidth is shared.
+
+    Args:
+        workers: Who moves blocks.
+        tier: Where to.
+        windows: The job's steps.
+        nbytes: Length of a block.
+        count: Steps in it.
+        seconds: How long to go on, each way; `LEAST_WINDOWS` are run in any case.
+        stuck_seconds: After so long without an answer the tier counts as failed.
+
+    Returns:
+        Seconds a step to record and to pull back, with what one transfer a window costs.
+
+    Raises:
+        StorageError: The tier failed; nothing is kept of the attempt.
+    """
+    pool = SlotPool(2, nbytes, alignment=4096)
+    slots = [pool.take(), pool.take()]
+    for slot in slots:
+        slot.data[:] = 0
+    tier.reserve(_PROBE, nbytes)
+    try:
+        recorded = _beside(workers, slots, windows.record, count, seconds, stuck_seconds, is_write=True)
+        pulled = _beside(workers, slots, windows.pull_back, count, seconds, stuck_seconds, is_write=False)
+    finally:
+        windows.end()
+        tier.release(_PROBE)
+        del slot
+        slots.clear()
+        pool.close()
+    return recorded, pulled
+
+
+def _beside(
+    workers: Workers,
+    slots: Sequence[Slot],
+    run: Callable[[Slot, int], None],
+    count: int,
+    seconds: float,
+    stuck_seconds: float,
+    *,
+    is_write: bool,
+) -> float:
+    """Seconds a step, while the block before it is on its way."""
+    spent: list[float] = []
+    run(slots[0], count)
+    while len(spent) < LEAST_WINDOWS - 1 or sum(spent) < seconds:
+        mine, other = slots[(len(spent) + 1) % 2], slots[len(spent) % 2]
+        began = perf_counter()
+        workers.submit(transfer := Transfer(_PROBE, other, is_write=is_write))
+        run(mine, count)
+        spent.append(perf_counter() - began)
+        finished = workers.next_finished(stuck_seconds)
+        if finished is None:
+            raise StorageError(f"to move {transfer.nbytes} bytes for a trial: no answer for {stuck_seconds:g} s")
+        if finished.error is not None:
+            raise finished.error
+    if len(spent) >= LEAST_WINDOWS:
+        spent.remove(max(spent))
+    return fmean(spent) / count
 
 
 def _copy_seconds(data: Bytes) -> float:

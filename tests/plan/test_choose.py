@@ -271,6 +271,15 @@ def test_once_the_length_is_known_it_is_predicted_again(limit, speed, records):
     assert 0.3 < shorter.time_seconds / choice.prediction.time_seconds < 0.6
 
 
+@pytest.mark.parametrize("speed", [3e9, 4e8, 2e8])
+@pytest.mark.parametrize("steps", [300, 4_000])
+def test_recorded_windows_of_a_known_length_are_predicted_again_as_they_were(speed, steps):
+    problem, costs = Problem(steps, MIB, 24 * MIB, True, residual_nbytes=MIB // 2), disk(RECORDED, speed)
+    choice = choose(problem, costs)
+    assert choice.schedule == "residuals"
+    assert predict_again(choice, problem, costs) == choice.prediction
+
+
 def test_too_little_memory_says_the_least():
     with pytest.raises(BudgetError, match=r"999 bytes was asked for.* 1000 bytes, which is the least"):
         choose(Problem(10, 1000, 999), STEP)

@@ -29,6 +29,7 @@ from longtape.torch.inputs import Inputs
 from longtape.torch.places import Form, HostPlace, Place
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
+from longtape.torch.windows import FirstWindows
 from longtape.witness import Witness
 
 UNKNOWN_NBYTES = 1 << 60
@@ -520,7 +521,14 @@ class ScanJob:
         _typical(once)
         steps.forget()
         taped, pulled = median(record), median(pull_back)
-        return JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled)
+        windows = None
+        if isinstance(self.place, HostPlace):
+            windows = FirstWindows(steps, self.inputs, self.steps or 1, self._fresh, self.place)
+        return JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled, windows=windows)
+
+    def _fresh(self) -> Leaves:
+        self.load_initial()
+        return self.carry
 
     def _time_taping(self, step: EagerStep) -> float:
         """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
