@@ -21,7 +21,7 @@ from benchmarks import common
 
 LSTM_STEPS, LSTM_STATES = 4_000, (24, 64, 512)
 """States of 128 KiB."""
-STENCIL_STEPS, STENCIL_STATES = 60, (4, 8, 16)
+STENCIL_STEPS, STENCIL_STATES = 200, (4, 8, 16)
 """States of 64 MiB."""
 DISKS = {"real": 1.0, "tenth": 0.1}
 WITHIN_TIME, WITHIN_MEMORY = 0.10, 0.05
