@@ -38,6 +38,7 @@ from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
 from longtape.protocols import Bytes, Job, Observer, Tier
 from longtape.report import DeviceReport, Quantities, Replan, Report, Stall, Transfers
+from longtape.settled import measure_settled
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.aligned import HUGE_PAGE, provide
 from longtape.tiers.codecs import parse_codec
@@ -459,7 +460,11 @@ class Run:
             sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
         try:
             stuck_seconds = self._settings.stuck_seconds
-            speed = measure_tier(self._tier, self._workers, sizes, busy=job.busy, stuck_seconds=stuck_seconds)
+            measure = partial(
+                measure_tier, self._tier, self._workers, sizes, busy=job.busy, stuck_seconds=stuck_seconds
+            )
+            disk = self._tier.directory if isinstance(self._tier, DiskTier) else None
+            speed = measure() if disk is None else measure_settled(measure, disk, sizes)
         except OSError as error:
             self._go_without_storage(error)
             return without

@@ -79,6 +79,14 @@ class TierSpeed:
     copy_per_byte: float = 0.0
     """Seconds to copy a byte of an item to other memory."""
 
+    def write_seconds(self, nbytes: int) -> float:
+        """To write an item."""
+        return self.write_latency + nbytes / self.write_bytes_per_second
+
+    def read_seconds(self, nbytes: int) -> float:
+        """To read it back."""
+        return self.read_latency + nbytes / self.read_bytes_per_second
+
 
 @dataclass(frozen=True, slots=True)
 class CodecSpeed:
