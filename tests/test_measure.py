@@ -66,10 +66,10 @@ class Sleeping:
         self.ended = True
 
 
-def tried(windows, tier, seconds):
+def tried(windows, tier, seconds, handling=0.0):
     workers = Workers(tier, perf_counter)
     try:
-        return measure_windows(workers, tier, windows, SMALL, 3, seconds=seconds, stuck_seconds=30.0)
+        return measure_windows(windows, SMALL, 3, (tier, workers), seconds=seconds, handling=handling)
     finally:
         workers.close(30.0)
 
@@ -79,8 +79,8 @@ def test_windows_are_timed_each_way_beside_transfers():
     record, pull_back = tried(windows, tier, 0.1)
     assert 2e-3 <= record < 4e-3
     assert 5e-3 <= pull_back < 8e-3
-    assert tier.bytes_written >= (LEAST_WINDOWS - 1) * SMALL
-    assert tier.bytes_read >= (LEAST_WINDOWS - 1) * SMALL
+    assert tier.bytes_written >= LEAST_WINDOWS * SMALL
+    assert tier.bytes_read >= LEAST_WINDOWS * SMALL
     assert tier.bytes_in_use == 0
     assert windows.ended
 
@@ -88,17 +88,34 @@ def test_windows_are_timed_each_way_beside_transfers():
 def test_few_windows_are_tried_where_time_is_short():
     windows = Sleeping(1e-3, 1e-3)
     tried(windows, MemoryTier(), 0.0)
-    assert windows.calls == {"record": LEAST_WINDOWS, "pull_back": LEAST_WINDOWS}
+    assert windows.calls == {"record": LEAST_WINDOWS + 2, "pull_back": LEAST_WINDOWS}
 
 
-def test_slow_storage_is_not_charged_to_the_steps():
-    tier = ThrottledTier(MemoryTier(), write_bytes_per_second=2e6, read_bytes_per_second=2e6)
-    record, _ = tried(Sleeping(1e-3, 1e-3), tier, 0.0)
-    assert record < SMALL / 2e6 / 3
+def test_no_step_waits_for_slow_storage():
+    windows, tier = Sleeping(1e-3, 1e-3), MemoryTier()
+    slow = ThrottledTier(tier, write_bytes_per_second=5e5, read_bytes_per_second=5e5)
+    record, pull_back = tried(windows, slow, 0.2)
+    assert record < 2e-3
+    assert pull_back < 2e-3
+    assert windows.calls["record"] > 5 * tier.bytes_written / SMALL
 
 
-def test_a_tier_that_fails_meanwhile_is_named():
-    windows, tier = Sleeping(1e-3, 1e-3), FailingTier(MemoryTier(), nth("write", 1))
+def test_windows_can_be_tried_without_storage():
+    windows = Sleeping(2e-3, 5e-3)
+    record, pull_back = measure_windows(windows, SMALL, 3, None, seconds=0.05)
+    assert 2e-3 <= record < 4e-3
+    assert 5e-3 <= pull_back < 8e-3
+
+
+def test_what_transfers_cost_is_not_counted_twice():
+    record, pull_back = tried(Sleeping(5e-3, 5e-3), MemoryTier(), 0.1, handling=6e-3)
+    assert 2.5e-3 < record < 4.5e-3
+    assert 2.5e-3 < pull_back < 4.5e-3
+
+
+@pytest.mark.parametrize("way", ["write", "read"])
+def test_a_tier_that_fails_meanwhile_is_named(way):
+    windows, tier = Sleeping(1e-3, 1e-3), FailingTier(MemoryTier(), nth(way, 1))
     with pytest.raises(StorageError):
         tried(windows, tier, 0.0)
     assert windows.ended

@@ -30,8 +30,9 @@ from longtape.foresee import layout_of
 from longtape.measure import LEAST_WINDOWS, CodecSpeed, JobCosts, Windows, measure_codec, measure_tier, measure_windows
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
 from longtape.plan.binomial import advances
-from longtape.plan.choose import Choice, choose, predict_again
+from longtape.plan.choose import LARGEST_BLOCK, Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
+from longtape.plan.predict import horizon
 from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
@@ -284,38 +285,44 @@ class Run:
         self._workers = Workers(self._tier, self._clock)
 
     def _try_windows(self, windows: Windows) -> None:
-        """Run some windows of the chosen plan beside storage, and predict by what their steps then take."""
-        choice, costs = self.choice, self.costs
-        if choice.schedule != "residuals" or not choice.uses_disk or self._keeper is not None:
+        """Run some windows of the chosen plan, beside storage if it is used, and predict by what their steps take."""
+        choice, costs, problem = self.choice, self.costs, self._problem()
+        if self._keeper is not None or not costs.record or not costs.pull_back or not choice.prediction.time_seconds:
             return
-        if self._tier is None or self._workers is None or not costs.record or not costs.pull_back:
+        records, expected = choice.schedule == "residuals", choice.prediction.time_seconds
+        block, steps = self._block_nbytes(choice), choice.window
+        if block > LARGEST_BLOCK and not records:
+            steps = max(1, steps * LARGEST_BLOCK // block)
+            block = self._block_nbytes(replace(choice, window=steps))
+        storage = (self._tier, self._workers) if self._tier and self._workers and records and choice.uses_disk else None
+        least = steps * ((LEAST_WINDOWS + 2) * costs.record + LEAST_WINDOWS * costs.pull_back)
+        if storage:
+            least += costs.write_seconds(block) + costs.read_seconds(block)
+        if least > 4 * TRIAL_SHARE * expected:
             return
-        block, steps, expected = self._block_nbytes(choice), choice.window, choice.prediction.time_seconds
-        computing = LEAST_WINDOWS * steps * (costs.record + costs.pull_back)
-        moving = LEAST_WINDOWS * (costs.write_seconds(block) + costs.read_seconds(block))
-        if computing + moving > 4 * TRIAL_SHARE * expected:
-            return
-        seconds, stuck_seconds = min(MOST_TRIAL_SECONDS, TRIAL_SHARE * expected), self._settings.stuck_seconds
         try:
-            recorded, pulled = measure_windows(
-                self._workers, self._tier, windows, block, steps, seconds=seconds, stuck_seconds=stuck_seconds
+            record, pull_back = measure_windows(
+                windows,
+                block,
+                steps,
+                storage,
+                seconds=min(MOST_TRIAL_SECONDS, TRIAL_SHARE * expected),
+                handling=costs.handling_seconds(block),
+                stuck_seconds=self._settings.stuck_seconds,
             )
         except OSError as error:
             self._go_without_storage(error)
             self.choice = self._fitted(choose(self._problem(), costs), self.memory_nbytes)
             return
-        handling = costs.handling_seconds(block) / steps
-        record = max(0.5 * costs.record, recorded - handling)
-        pull_back = max(0.5 * costs.pull_back, pulled - handling)
-        self.costs = replace(
-            costs,
-            forward=costs.forward * record / costs.record,
-            reverse=record + pull_back,
-            record=record,
-            pull_back=pull_back,
-        )
-        prediction = predict_again(choice, self._problem(), self.costs)
-        self.choice = self._expected(replace(choice, prediction=prediction))
+        if not record or not pull_back:
+            return
+        forward = costs.forward * record / costs.record
+        self.costs = replace(costs, forward=forward, reverse=record + pull_back, record=record, pull_back=pull_back)
+        prediction, adjoint = choice.prediction, record + pull_back - costs.record - costs.pull_back
+        adjoint *= horizon(problem)
+        taken = expected + adjoint + prediction.advances * (forward - costs.forward)
+        ideal = prediction.ideal_seconds + adjoint
+        self.choice = replace(choice, prediction=replace(prediction, time_seconds=taken, ideal_seconds=ideal))
 
     def _gains(self, found: Choice) -> bool:
         before, after = self.choice.prediction.time_seconds, found.prediction.time_seconds

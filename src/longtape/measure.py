@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean, median
 from time import perf_counter
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -27,8 +28,8 @@ _LONG_SECONDS = 0.2
 """Once transfers have taken so long together, they are not repeated."""
 _BEARABLE_SECONDS = 0.05
 """The larger of two sizes is to take no longer than this."""
-LEAST_WINDOWS = 3
-"""Windows run each way, the first before any transfer; of more, the slowest is left out."""
+LEAST_WINDOWS = 2
+"""Windows timed each way; of more, the slowest is left out."""
 
 
 class Windows(Protocol):
@@ -202,24 +203,32 @@ def measure_tier(
 
 
 def measure_windows(
-    workers: Workers, tier: Tier, windows: Windows, nbytes: int, count: int, *, seconds: float, stuck_seconds: float
+    windows: Windows,
+    nbytes: int,
+    count: int,
+    storage: tuple[Tier, Workers] | None,
+    *,
+    seconds: float,
+    handling: float = 0.0,
+    stuck_seconds: float = 30.0,
 ) -> tuple[float, float]:
     """Record windows and pull them back for a while, with storage at work on them as in the sweeps.
 
     What steps take beside storage is more than what they take alone and what transfers compute together: their
-    blocks come from memory and not from a cache, and bandwidth is shared.
+    blocks come from memory and not from a cache, and bandwidth is shared.  No step waits: while a block is on its
+    way, windows are run in the other.
 
     Args:
-        workers: Who moves blocks.
-        tier: Where to.
         windows: The job's steps.
         nbytes: Length of a block.
         count: Steps in it.
+        storage: Where blocks go, and who moves them; None: nowhere.
         seconds: How long to go on, each way; `LEAST_WINDOWS` are run in any case.
+        handling: Seconds that a transfer costs compute, which are counted elsewhere.
         stuck_seconds: After so long without an answer the tier counts as failed.
 
     Returns:
-        Seconds a step to record and to pull back, with what one transfer a window costs.
+        Seconds a step to record and to pull back.
 
     Raises:
         StorageError: The tier failed; nothing is kept of the attempt.
@@ -228,46 +237,89 @@ def measure_windows(
     slots = [pool.take(), pool.take()]
     for slot in slots:
         slot.data[:] = 0
-    tier.reserve(_PROBE, nbytes)
     try:
-        recorded = _beside(workers, slots, windows.record, count, seconds, stuck_seconds, is_write=True)
-        pulled = _beside(workers, slots, windows.pull_back, count, seconds, stuck_seconds, is_write=False)
+        with _Transfers(storage, nbytes, stuck_seconds) as transfers:
+            for slot in slots:
+                windows.record(slot, count)
+            recorded = _beside(transfers, slots, windows.record, count, seconds, handling, is_write=True)
+            pulled = _beside(transfers, slots, windows.pull_back, count, seconds, handling, is_write=False)
     finally:
         windows.end()
-        tier.release(_PROBE)
         del slot
         slots.clear()
         pool.close()
     return recorded, pulled
 
 
+class _Transfers:
+    """One transfer at a time of the same block, over and over."""
+
+    def __init__(self, storage: tuple[Tier, Workers] | None, nbytes: int, stuck_seconds: float) -> None:
+        self._storage, self._nbytes, self._stuck_seconds = storage, nbytes, stuck_seconds
+        self.moving: Slot | None = None
+        """What is on its way."""
+
+    def __enter__(self) -> Self:
+        if self._storage is not None:
+            self._storage[0].reserve(_PROBE, self._nbytes)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._storage is not None:
+            with suppress(OSError):  # if there is one now, something else has gone wrong already
+                self.wait()
+            self._storage[0].release(_PROBE)
+
+    def begin(self, slot: Slot, *, is_write: bool) -> bool:
+        """Whether another could be begun."""
+        if self._storage is None or self.moving is not None:
+            return False
+        self.moving = slot
+        self._storage[1].submit(Transfer(_PROBE, slot, is_write=is_write))
+        return True
+
+    def look(self, timeout: float = 0.0) -> None:
+        """Note what has finished."""
+        if self._storage is None or self.moving is None:
+            return
+        finished = self._storage[1].next_finished(timeout)
+        if finished is not None:
+            self.moving = None
+            if finished.error is not None:
+                raise finished.error
+
+    def wait(self) -> None:
+        """Until nothing is on its way."""
+        self.look(self._stuck_seconds)
+        if self.moving is not None:
+            raise StorageError(f"to move {self._nbytes} bytes for a trial: no answer for {self._stuck_seconds:g} s")
+
+
 def _beside(
-    workers: Workers,
+    transfers: _Transfers,
     slots: Sequence[Slot],
     run: Callable[[Slot, int], None],
     count: int,
     seconds: float,
-    stuck_seconds: float,
+    handling: float,
     *,
     is_write: bool,
 ) -> float:
-    """Seconds a step, while the block before it is on its way."""
-    spent: list[float] = []
-    run(slots[0], count)
-    while len(spent) < LEAST_WINDOWS - 1 or sum(spent) < seconds:
-        mine, other = slots[(len(spent) + 1) % 2], slots[len(spent) % 2]
+    """Seconds a step of windows, each run while the one before it is on its way, if nothing else is."""
+    spent, begun, mine = list[float](), 0, 0
+    while len(spent) < LEAST_WINDOWS or sum(spent) < seconds:
         began = perf_counter()
-        workers.submit(transfer := Transfer(_PROBE, other, is_write=is_write))
-        run(mine, count)
+        transfers.look()
+        begun += transfers.begin(slots[1 - mine], is_write=is_write)
+        run(slots[mine], count)
         spent.append(perf_counter() - began)
-        finished = workers.next_finished(stuck_seconds)
-        if finished is None:
-            raise StorageError(f"to move {transfer.nbytes} bytes for a trial: no answer for {stuck_seconds:g} s")
-        if finished.error is not None:
-            raise finished.error
-    if len(spent) >= LEAST_WINDOWS:
+        if transfers.moving is not slots[1 - mine]:
+            mine = 1 - mine
+    transfers.wait()
+    handled = begun / len(spent) * handling
+    if len(spent) > LEAST_WINDOWS:
         spent.remove(max(spent))
-    return fmean(spent) / count
+    return max(0.0, fmean(spent) - handled) / count
 
 
 def _copy_seconds(data: Bytes) -> float:

@@ -271,7 +271,7 @@ def test_once_the_length_is_known_it_is_predicted_again(limit, speed, records):
     assert 0.3 < shorter.time_seconds / choice.prediction.time_seconds < 0.6
 
 
-@pytest.mark.parametrize("speed", [3e9, 4e8, 2e8])
+@pytest.mark.parametrize("speed", [3e9, 4e8, 3e8])
 @pytest.mark.parametrize("steps", [300, 4_000])
 def test_recorded_windows_of_a_known_length_are_predicted_again_as_they_were(speed, steps):
     problem, costs = Problem(steps, MIB, 24 * MIB, True, residual_nbytes=MIB // 2), disk(RECORDED, speed)
@@ -390,3 +390,14 @@ def test_plans_with_recorded_windows_have_slots_for_what_has_to_be_run_again(ban
         return simulate(2000, choice.slots, speeds, layout=layout, blocks=choice.blocks).seconds
 
     assert taken(1.35) < 1.15 * taken(1.0)
+
+
+def test_only_some_windows_are_recorded_where_that_gains_enough():
+    problem = Problem(4_000, MIB, 24 * MIB, True, residual_nbytes=MIB // 2)
+    for speed in (5e8, 4e8, 3e8, 2e8, 1.5e8, 1e8):
+        choice = choose(problem, disk(RECORDED, speed))
+        others = dict(choice.alternatives)
+        if 0.0 < choice.record_fraction < 1.0:
+            assert choice.prediction.time_seconds < 0.95 * others["asynchronous"].time_seconds
+        elif choice.schedule == "asynchronous":
+            assert others["residuals"].time_seconds > 0.95 * choice.prediction.time_seconds

@@ -70,6 +70,8 @@ _LATENCY_SHARE = 0.25
 _LEAST_GAIN = 0.01
 _LEAST_GAIN_BY_WAITING = 0.01
 _LEAST_GAIN_BY_REWRITING = 0.05
+_LEAST_GAIN_BY_MIXING = 0.05
+"""Recording only some windows gains by how compute and storage compare, and loses where that is seen wrongly."""
 _LEAST_GAIN_BY_DENSITY = 0.002
 _SAME_TIME = 1.0 + 1e-9
 _ALMOST_SAME_TIME = 1.02
@@ -159,8 +161,7 @@ def choose(problem: Problem, costs: Costs) -> Choice:
     best = {name: _quickest(found, name) for name in _SIMPLEST_FIRST if any(c.schedule == name for c in found)}
     chosen = next(iter(best.values()))
     for choice in best.values():
-        needed = 1.0 - _LEAST_GAIN if choice.uses_disk else 1.0
-        if _seconds(choice) < needed * _seconds(chosen):
+        if _seconds(choice) < (1.0 - _least_gain(choice)) * _seconds(chosen):
             chosen = choice
     others = sorted((c for c in best.values() if c is not chosen), key=_seconds)
     return replace(chosen, alternatives=tuple((c.schedule, c.prediction) for c in others))
@@ -183,6 +184,13 @@ def predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:
         states = max(1, problem.disk_nbytes // max(1, problem.state_nbytes))
         prediction = predict_asynchronous(problem, costs, footprint, fixed=-(-windows // states), tail=1)
     return prediction
+
+
+def _least_gain(choice: Choice) -> float:
+    """The share of the time that a choice has to save for a simpler one to be left."""
+    if not choice.uses_disk:
+        return 0.0
+    return _LEAST_GAIN_BY_MIXING if 0.0 < choice.record_fraction < 1.0 else _LEAST_GAIN
 
 
 def _check(problem: Problem, costs: Costs) -> None:
