@@ -1,5 +1,6 @@
-"""Measuring a tier: what is written stays little where it is slow, and what a transfer costs compute is seen."""
+"""Measuring: little is written where storage is slow, what transfers cost compute is seen, and no trial waits."""
 
+from itertools import pairwise
 from time import perf_counter, sleep
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from longtape.engine.workers import Workers
 from longtape.errors import StorageError
 from longtape.measure import LEAST_WINDOWS, measure_tier, measure_windows
-from longtape.testing.tiers import FailingTier, ThrottledTier, nth
+from longtape.testing.tiers import FailingTier, GatedTier, ThrottledTier, nth
 from longtape.tiers.memory import MemoryTier
 
 SMALL, LARGE = 64 << 10, 4 << 20
@@ -48,19 +49,21 @@ class Sleeping:
     def __init__(self, record, pull_back):
         self.seconds = {"record": record, "pull_back": pull_back}
         self.calls = {"record": 0, "pull_back": 0}
+        self.used = {"record": [], "pull_back": []}
         self.ended = False
 
-    def _run(self, which, count):
+    def _run(self, which, slot, count):
         self.calls[which] += 1
+        self.used[which].append(id(slot))
         sleep(count * self.seconds[which])
 
     def record(self, slot, count):
         slot.data[:] = 7
-        self._run("record", count)
+        self._run("record", slot, count)
 
     def pull_back(self, slot, count):
         assert (slot.data == 7).all()
-        self._run("pull_back", count)
+        self._run("pull_back", slot, count)
 
     def end(self):
         self.ended = True
@@ -85,6 +88,13 @@ def test_windows_are_timed_each_way_beside_transfers():
     assert windows.ended
 
 
+def test_blocks_take_turns_where_storage_keeps_up():
+    windows = Sleeping(2e-3, 2e-3)
+    tried(windows, MemoryTier(), 0.1)
+    for used in (windows.used["record"][2:], windows.used["pull_back"]):
+        assert all(a != b for a, b in pairwise(used))
+
+
 def test_few_windows_are_tried_where_time_is_short():
     windows = Sleeping(1e-3, 1e-3)
     tried(windows, MemoryTier(), 0.0)
@@ -98,6 +108,16 @@ def test_no_step_waits_for_slow_storage():
     assert record < 2e-3
     assert pull_back < 2e-3
     assert windows.calls["record"] > 5 * tier.bytes_written / SMALL
+
+
+def test_storage_that_does_not_answer_is_waited_for_once():
+    tier, began = GatedTier(MemoryTier()), perf_counter()
+    workers = Workers(tier, perf_counter)
+    with pytest.raises(StorageError, match=r"no answer for 0\.3 s"):
+        measure_windows(Sleeping(1e-3, 1e-3), SMALL, 3, (tier, workers), seconds=0.0, stuck_seconds=0.3)
+    assert perf_counter() - began < 0.55
+    tier.open()
+    workers.close(30.0)
 
 
 def test_windows_can_be_tried_without_storage():

@@ -33,7 +33,7 @@ LEAST_WINDOWS = 2
 
 
 class Windows(Protocol):
-    """Runs a job's first steps as its sweeps run theirs; nothing is kept of it."""
+    """Runs windows of a job's steps as its sweeps do; nothing is kept of it."""
 
     def record(self, slot: Slot, count: int) -> None:
         """So many steps into a block, which has the size that they need."""
@@ -233,8 +233,8 @@ def measure_windows(
     Raises:
         StorageError: The tier failed; nothing is kept of the attempt.
     """
-    pool = SlotPool(2, nbytes, alignment=4096)
-    slots = [pool.take(), pool.take()]
+    pool = SlotPool(1 if storage is None else 2, nbytes, alignment=4096)
+    slots = [pool.take() for _ in range(pool.count)]
     for slot in slots:
         slot.data[:] = 0
     try:
@@ -252,12 +252,13 @@ def measure_windows(
 
 
 class _Transfers:
-    """One transfer at a time of the same block, over and over."""
+    """One transfer at a time, all under the same key."""
 
     def __init__(self, storage: tuple[Tier, Workers] | None, nbytes: int, stuck_seconds: float) -> None:
         self._storage, self._nbytes, self._stuck_seconds = storage, nbytes, stuck_seconds
         self.moving: Slot | None = None
         """What is on its way."""
+        self._is_stuck = False
 
     def __enter__(self) -> Self:
         if self._storage is not None:
@@ -266,8 +267,9 @@ class _Transfers:
 
     def __exit__(self, *exception: object) -> None:
         if self._storage is not None:
-            with suppress(OSError):  # if there is one now, something else has gone wrong already
-                self.wait()
+            if not self._is_stuck:
+                with suppress(OSError):  # if there is one now, something else has gone wrong already
+                    self.wait()
             self._storage[0].release(_PROBE)
 
     def begin(self, slot: Slot, *, is_write: bool) -> bool:
@@ -292,6 +294,7 @@ class _Transfers:
         """Until nothing is on its way."""
         self.look(self._stuck_seconds)
         if self.moving is not None:
+            self._is_stuck = True
             raise StorageError(f"to move {self._nbytes} bytes for a trial: no answer for {self._stuck_seconds:g} s")
 
 
@@ -309,12 +312,13 @@ def _beside(
     spent, begun, mine = list[float](), 0, 0
     while len(spent) < LEAST_WINDOWS or sum(spent) < seconds:
         began = perf_counter()
-        transfers.look()
-        begun += transfers.begin(slots[1 - mine], is_write=is_write)
+        other = (mine + 1) % len(slots)
+        begun += transfers.begin(slots[other], is_write=is_write)
         run(slots[mine], count)
+        transfers.look()
         spent.append(perf_counter() - began)
-        if transfers.moving is not slots[1 - mine]:
-            mine = 1 - mine
+        if transfers.moving is not slots[other]:
+            mine = other
     transfers.wait()
     handled = begun / len(spent) * handling
     if len(spent) > LEAST_WINDOWS:

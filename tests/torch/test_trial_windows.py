@@ -9,6 +9,8 @@ import torch
 
 from longtape import compose
 from longtape.measure import _PROBE
+from longtape.plan.choose import predict_again
+from longtape.plan.predict import predict_revolve
 from longtape.testing.tiers import FailingTier
 from longtape.tiers.memory import MemoryTier
 from longtape.torch import scan
@@ -62,6 +64,9 @@ def test_a_trial_leaves_nothing_behind(tried: list[tuple[float, float]], monkeyp
     assert len(tried) == 1
     assert run.costs.record == tried[0][0]
     assert run.costs.pull_back == tried[0][1]
+    again = predict_again(run.choice, run._problem(), run.costs)
+    assert run.choice.prediction.time_seconds == pytest.approx(again.time_seconds)
+    assert run.choice.prediction.ideal_seconds == pytest.approx(again.ideal_seconds)
     monkeypatch.setattr(compose, "TRIAL_SHARE", 0.0)
     theirs, _ = gradients(MemoryTier())
     assert len(tried) == 1
@@ -72,6 +77,8 @@ def test_a_plan_in_memory_alone_is_tried_too(tried: list[tuple[float, float]]) -
     _, run = gradients()
     assert run.report.schedule == "revolve"
     assert run.costs.record == tried[0][0]
+    again = predict_revolve(run._problem(), run.costs, run.choice.footprint)
+    assert run.choice.prediction.time_seconds == pytest.approx(again.time_seconds)
 
 
 @pytest.mark.parametrize("way", ["write", "read"])

@@ -18,7 +18,8 @@ the choice takes milliseconds however long the job.
 
 Invariants: slots, blocks and tapes together never exceed the budget; the choice is
 never predicted to take longer than the best Revolve; storage is used only where it is
-predicted to save at least a hundredth of the time.
+predicted to save at least a hundredth of the time, and for some windows' residuals only
+where that saves a twentieth.
 """
 
 from __future__ import annotations

@@ -25,6 +25,10 @@ class Inputs:
         """The tensors of one step, which must not be modified."""
         raise NotImplementedError
 
+    def absent(self) -> Any:
+        """In place of the tensors of a step, for who does not read them."""
+        return [None] * len(self.structure.contract(self.structure.present))
+
     def check_repeatable(self) -> None:
         """Raise if the inputs of a step are others when they are read again."""
 

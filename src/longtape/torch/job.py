@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from longtape.torch.inputs import Inputs
 from longtape.torch.places import Form, HostPlace, Place
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
-from longtape.torch.windows import FirstWindows
+from longtape.torch.windows import TrialWindows
 from longtape.witness import Witness
 
 UNKNOWN_NBYTES = 1 << 60
@@ -362,9 +361,7 @@ class ScanJob:
             self._pull_back_step(steps, start + position, numbers[position], block, position)
 
     def _pull_back_step(self, steps: CapturedSteps, index: int, number: int, block: Block, position: int) -> None:
-        structure = self.inputs.structure
-        none_of_x: Any = [None] * len(structure.contract(structure.present))
-        x = self.inputs.leaves(index) if steps.needs_x(number) else none_of_x
+        x = self.inputs.leaves(index) if steps.needs_x(number) else self.inputs.absent()
         y_bar = self._y_bar(index, len(self._ys_bar))
         self._carry_bar, x_bar = steps.pull_back(number, block, position, x, self._carry_bar, y_bar)
         if self._xs_bar:
@@ -497,34 +494,25 @@ class ScanJob:
         If all were put in one place, it would stay in the caches, as it does not in a sweep.
         """
         count = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
-        block, clock, x = steps.spare_block(count), self.place.now, self.inputs.leaves(0)
+        block, clock = steps.spare_block(count), self.place.now
+        windows = TrialWindows(steps, self.inputs, self._fresh, self.place)
         record, pull_back = [], []
 
         def once() -> float:
-            self.load_initial()
-            carry, y, numbers = self.carry, Leaves(), []
             began = clock()
-            for place in range(count):
-                carry, y, number = steps.record(0, carry, x, block, place)
-                numbers.append(number)
+            windows.record_into(block, count)
             turned = clock()
-            ones = ones_like([*carry, *y])
-            carry_bar: list[Cotangent] = list(ones[: len(carry)])
-            y_bar: Cotangents = list(ones[len(carry) :])
-            ready = clock()
-            for place in reversed(range(count)):
-                carry_bar, _ = steps.pull_back(numbers[place], block, place, x, carry_bar, y_bar)
+            windows.pull_back_from(block, count)
+            ended = clock()
             record.append((turned - began) / count)
-            pull_back.append((clock() - ready) / count)
-            return clock() - began
+            pull_back.append((ended - turned) / count)
+            return ended - began
 
         _typical(once)
-        steps.forget()
+        windows.end()
         taped, pulled = median(record), median(pull_back)
-        windows = None
-        if isinstance(self.place, HostPlace):
-            windows = FirstWindows(steps, self.inputs, self.steps or 1, self._fresh, self.place)
-        return JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled, windows=windows)
+        found = JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled)
+        return replace(found, windows=windows) if isinstance(self.place, HostPlace) else found
 
     def _fresh(self) -> Leaves:
         self.load_initial()
