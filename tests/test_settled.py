@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from models import Chaotic
 
-from longtape import settled
+from longtape import Sweep, settled
 from longtape.measure import TierSpeed
 from longtape.settled import PATIENCE_SHARE, measure_settled
 
@@ -85,3 +86,8 @@ def test_either_way_counts(time, slow):
     time.now = 60.0
     answers = iter([replace(QUICK, **{slow: 1e8}), QUICK])
     assert measure_settled(lambda: next(answers), "/scratch", SIZES, clock=lambda: time.now, sleep=time.sleep) == QUICK
+
+
+def test_a_run_measures_its_disk_so(time, tmp_path):
+    Sweep(Chaotic(), 200, memory="1KiB", disk=tmp_path).close()
+    assert list(settled._seen) == [str(tmp_path)]
