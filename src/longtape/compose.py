@@ -331,14 +331,11 @@ class Run:
     def _packed_choice(self, costs: Costs, fraction: float) -> Choice | None:
         """The best plan if items pass the codec, whose own buffers count; None where they leave no room."""
         item = self._item_nbytes(self._traits.state_nbytes)
-        for _ in range(2):  # the second time with buffers for the blocks that the first one chose
-            choice = self._choice_beside(CODEC_ITEMS * item, costs, fraction)
-            largest = 0 if choice is None else self._largest_item(choice)
-            if choice is None or largest <= item:
+        while (choice := self._choice_beside(CODEC_ITEMS * item, costs, fraction)) is not None:
+            largest = self._largest_item(choice)
+            if largest <= item:
                 break
-            item = largest
-        else:
-            return None
+            item = largest  # and once more, with buffers for the blocks that were chosen
         if choice is None:
             return None
         stored = choice.prediction
