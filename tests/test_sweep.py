@@ -200,6 +200,39 @@ def test_the_report_counts(tmp_path):
     assert '"schedule": "asynchronous"' in report.to_json()
 
 
+class Large:
+    """States of 16 MiB, in steps that take less than to have the system provide memory for many."""
+
+    def __init__(self):
+        self.state = [np.zeros(1 << 21)]
+        self.advanced = 0
+        self.seen = []
+
+    def start_adjoint(self):
+        self.seen.clear()
+
+    def advance(self, start, stop):
+        time.sleep(2e-3 * (stop - start))
+        self.state[0][:8] += stop - start
+
+    def reverse(self, start, stop):
+        time.sleep(2e-3)
+        self.seen.append((start, self.state[0][0], self.state[0][7]))
+
+
+def test_of_memory_that_gains_little_little_is_touched(tmp_path):
+    """And the prediction knows it."""
+    model, steps, nbytes = Large(), 400, 16 << 20
+    tier = ThrottledTier(DiskTier(tmp_path), write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    try:
+        report = run(model, steps, memory=24 * nbytes, tier=tier).report
+    finally:
+        tier.close()
+    assert model.seen == [(step, step, step) for step in reversed(range(steps))]
+    assert report.schedule == "asynchronous"
+    assert report.measured.peak_memory_bytes == report.predicted.peak_memory_bytes < 17 * nbytes
+
+
 def test_a_budget_below_one_state_says_the_least():
     with pytest.raises(longtape.BudgetError, match="at least 76"):
         longtape.Sweep(Chaotic(), 10, memory=75)

@@ -73,6 +73,13 @@ TRIAL_SHARE, MOST_TRIAL_SECONDS = 0.005, 0.2
 STAGED = 4
 """Two items being written, one being stored, and one to spare."""
 
+FRESH = 4
+"""Memory counts as so many times slower to touch than was measured.
+
+What was measured is memory that somebody has just used.  The rest may have to come from further away: on a virtual
+machine whose host takes free memory back it took 25 times as long.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Traits:
@@ -513,31 +520,41 @@ class Run:
 
     def _expected(self, choice: Choice) -> Choice:
         """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
+        held = self._held_slots(choice)
+        if held is not None:
+            unused = (choice.slots - held) * self._item_nbytes(self._traits.state_nbytes)
+            return _with_peak(choice, choice.prediction.peak_memory_bytes - unused)
         if choice.schedule != "residuals" or self._limits is not None:
             return choice
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
         # A plan that records a part of the windows does so as fast as storage goes, and all blocks wait to be written.
         blocks = min(choice.blocks, 2 * STAGED) if choice.record_fraction == 1.0 else choice.blocks
         held = blocks * block + min(choice.slots, STAGED) * state
-        expected = min(choice.prediction.peak_memory_bytes, held)
-        return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=expected))
+        return _with_peak(choice, min(choice.prediction.peak_memory_bytes, held))
 
     def _layout(self) -> Layout:
-        layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging()
+        layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging(self.choice)
+        held = self._held_slots(self.choice)
         if self.choice.schedule == "asynchronous" and staging is not None:
             tail = layout.dense or layout.tail
             layout = replace(layout, tail=min(tail, staging * self.choice.window), dense=0)
         free = self._traits.initial_is_free
-        return replace(layout, staging=staging, initial_is_free=free)
+        return replace(layout, staging=staging, held=held, initial_is_free=free)
 
-    def _staging(self) -> int | None:
-        """Items to hold in the forward sweep, where touching more memory costs more than it can save."""
-        if not self.choice.uses_disk:
+    def _staging(self, choice: Choice) -> int | None:
+        """Items to hold in the forward sweep, where touching more memory may cost more than it can save."""
+        if not choice.uses_disk:
             return None
         state = self._item_nbytes(self._traits.state_nbytes)
-        if state / self._touch < self.costs.forward and not self.choice.record_fraction:
+        if FRESH * state / self._touch <= self.costs.forward and not choice.record_fraction:
             return None
         return STAGED
+
+    def _held_slots(self, choice: Choice) -> int | None:
+        """Snapshots to hold in the reverse sweep, for the same reason: those of an interval, and a few read ahead."""
+        if not _paces_itself(choice) or self._limits is not None or self._staging(choice) is None:
+            return None
+        return min(choice.slots, ceil(choice.spacing / choice.window) + STAGED)
 
     def _assemble(self) -> None:
         choice, costs = self.choice, self.costs
@@ -566,7 +583,7 @@ class Run:
         self._budget = Budget(self.memory_nbytes)
         self._budget.reserve(self._codec_nbytes)
         self._budget.reserve(self._tape_nbytes())
-        self._trace = Trace(self._clock(), self._held, self._spacing if self._paces_itself() else None)
+        self._trace = Trace(self._clock(), self._held, self._spacing if _paces_itself(choice) else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
             stock=stock,
@@ -639,6 +656,7 @@ class Run:
         choice = self.choice
         interval = ceil(choice.spacing / choice.window) if choice.uses_disk and not choice.record_fraction else 0
         wanted = interval + 2 * STAGED if choice.uses_disk else choice.slots
+        wanted = self._held_slots(choice) or wanted
         for kind, most in ((Kind.SNAPSHOT, self._traits.working_slots + wanted), (Kind.RESIDUALS, 2 * STAGED)):
             memory = self._pools[kind].memory(most)
             if memory.nbytes and not provide(memory[:HUGE_PAGE]):
@@ -651,11 +669,6 @@ class Run:
     def _held(self) -> tuple[int, int]:
         stored = self._mover.stored_nbytes if self._compressed is None else self._compressed.stored_nbytes
         return self._budget.in_use, stored
-
-    def _paces_itself(self) -> bool:
-        """Whether the plan stores as often as storage allows, and so follows the measured times."""
-        choice = self.choice
-        return choice.schedule == "asynchronous" and choice.stall_spacing is None and choice.longest_piece is None
 
     def _spacing(self) -> float:
         stock = self._stock
@@ -968,6 +981,15 @@ class Run:
             steps_recomputed=max(0, prediction.advances - round((1.0 - self.choice.record_fraction) * steps)),
             stall_seconds=prediction.stall_seconds,
         )
+
+
+def _paces_itself(choice: Choice) -> bool:
+    """Whether the plan stores as often as storage allows, and so follows the measured times."""
+    return choice.schedule == "asynchronous" and choice.stall_spacing is None and choice.longest_piece is None
+
+
+def _with_peak(choice: Choice, nbytes: int) -> Choice:
+    return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=nbytes))
 
 
 class _TakesTooLong(Exception):

@@ -40,6 +40,7 @@ def cases(draw):
         record_fraction=draw(st.sampled_from([0.0, 0.3, 0.7, 1.0])) if blocks > 1 else 0.0,
         safety=draw(st.sampled_from([1, 4, 32])),
         staging=draw(st.sampled_from([None, None, 2, 4])),
+        held=draw(st.sampled_from([None, None, 1, 3, 6])),
         final_state=final_state,
         initial_is_free=initial_is_free,
         pin_initial=False,

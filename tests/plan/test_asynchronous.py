@@ -118,6 +118,48 @@ def test_is_legal_whatever_the_timing(steps, slots, blocks, ratio, b, layout, ru
         assert verdict.advances == outcome.advances
 
 
+@pytest.mark.parametrize(("slots", "write", "read"), [(4, 18.0, 33.0), (3, 5.0, 5.0), (6, 30.0, 30.0)])
+def test_steady_storage_is_read_no_earlier_than_it_must_be(slots, write, read):
+    """Rules for real machines find out that these transfers are punctual, and give no slot up before its time."""
+    costs, layout = speeds(2, write, read), Layout(tail=10)
+    exact = simulate(1000, slots, costs, layout=layout, rules=Rules(margin=0.0))
+    assert simulate(1000, slots, costs, layout=layout).seconds == pytest.approx(exact.seconds, rel=1e-3)
+
+
+def test_unsteady_storage_is_read_early():
+    """Reads take up to three times their mean, and few are waited for."""
+
+    def outcome(rules):
+        noise = random.Random(1)
+
+        def duration(key):
+            return 10.0 * noise.choice([0.2, 0.4, 0.6, 0.8, 3.0])
+
+        return simulate(4000, 4, Speeds(1.0, 2.0, constant(10.0), duration), layout=Layout(tail=10), rules=rules)
+
+    careful, careless = outcome(Rules()), outcome(Rules(margin=0.0))
+    assert careful.stall_seconds < 0.5 * careless.stall_seconds
+    assert careful.seconds < 0.97 * careless.seconds
+
+
+@pytest.mark.parametrize("read", [0.1, 3.0])
+def test_reverse_sweep_does_with_the_memory_it_was_said_to_need(read):
+    costs = speeds(2, 3.0, read)
+    free = simulate(400, 40, costs, layout=Layout(tail=4))
+    spared = simulate(400, 40, costs, layout=Layout(tail=4, staging=4, held=7))
+    assert (free.peak_slots, spared.peak_slots) == (40, 7)
+    assert spared.seconds < 1.02 * free.seconds
+
+
+def test_memory_is_used_where_states_lie_further_apart_than_was_thought():
+    """Storage is ten times slower than the plan believed: to recompute in 7 slots what 40 hold would be dear."""
+    costs = speeds(2, 30.0, 30.0)
+    free = simulate(1200, 40, costs, layout=Layout(tail=4))
+    spared = simulate(1200, 40, costs, layout=Layout(tail=4, staging=4, held=7))
+    assert spared.peak_slots > 7
+    assert spared.seconds < 1.01 * free.seconds
+
+
 def test_recording_everything_recomputes_nothing():
     outcome = simulate(
         1000,

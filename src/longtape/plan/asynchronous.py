@@ -58,6 +58,7 @@ class AsynchronousPlan:
                 return
             window = resumed
         window = yield from self._outward.run(window)
+        course.spare_memory(window)
         waits = course.layout.fixed_spacing or course.layout.longest_piece
         if waits and course.layout.tail and course.stock.steps is not None:
             yield from course.wait_for_slots(course.windows(course.stock.steps) - window)

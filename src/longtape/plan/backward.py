@@ -190,7 +190,7 @@ class ReverseSweep:
     def _prefetch_snapshots(self, needed: int) -> Actions:
         """Read further restart points ahead, but leave `needed` slots to the current interval."""
         course, shelf = self._course, self._course.stock.snapshots
-        ahead = min(shelf.capacity, course.layout.staging or shelf.capacity)
+        ahead = min(shelf.capacity, course.layout.held or course.layout.staging or shelf.capacity)
         spare = shelf.available() - needed
         for index in range(len(course.restarts) - 2, max(-1, len(course.restarts) - 2 - ahead), -1):
             window = course.restarts[index]
@@ -229,7 +229,7 @@ class ReverseSweep:
             yield from self._course.request(below)
             yield from self._revolve(start, length, slots)
             return
-        lead = (1.0 + self._course.rules.margin) * self._course.read_seconds + 1e-9
+        lead = self._course.lead_seconds + 1e-9
         while length > 0:
             if length == 1:
                 if slots >= 2:

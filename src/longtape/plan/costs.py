@@ -131,11 +131,15 @@ class RunningMean:
     """Exponentially weighted mean that follows changes but starts as a plain mean."""
 
     value: float = 0.0
+    deviation: float = 0.0
+    """Running mean of how far samples were from the mean before them."""
     count: int = 0
     memory: int = field(default=16)
 
     def add(self, sample: float) -> None:
         """Take one more sample."""
+        off = sample - self.value
+        if self.count:
+            self.deviation += (abs(off) - self.deviation) / min(self.count, self.memory)
         self.count += 1
-        weight = 1.0 / min(self.count, self.memory)
-        self.value += weight * (sample - self.value)
+        self.value += off / min(self.count, self.memory)

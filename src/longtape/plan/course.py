@@ -29,6 +29,9 @@ from longtape.plan.stock import Shelf, Status, Stock
 
 Actions = Iterator[Action]
 
+DEVIATIONS = 2.0
+"""Mean deviations beyond its mean that a read is given time for, as 19 of 20 take no longer if noise is normal."""
+
 
 class Course:
     """The state of a plan on its way through both sweeps."""
@@ -86,6 +89,13 @@ class Course:
     def read_seconds(self) -> float:
         """From storage to where the steps run."""
         return (self.stock.read if self.stock.read.count else self.stock.write).value + self.layout.in_seconds
+
+    @property
+    def lead_seconds(self) -> float:
+        """How long before it is needed a read is begun: what it takes, and what it may take beyond that."""
+        seen = [mean for mean in (self.stock.read, self.stock.write) if mean.count > 1 and mean.value > 0.0]
+        noise = max((DEVIATIONS * mean.deviation / mean.value for mean in seen), default=1.0)
+        return (1.0 + self.rules.margin * min(1.0, noise)) * self.read_seconds
 
     def spacing(self) -> float:
         """Windows that pass during one write; 0 while nothing is known of it."""
@@ -151,7 +161,11 @@ class Course:
         """
         shelf = self.stock.shelf(kind)
         while shelf.free == 0:
-            action = self.evict(kind) or self._give_up(kind)
+            action = self.evict(kind)
+            if action is None and shelf.spared:
+                shelf.spared -= 1
+                continue
+            action = action or self._give_up(kind)
             if action is None:
                 if not self.stock.writes and not self.stock.reads:
                     if required:
@@ -160,6 +174,15 @@ class Course:
                 action = Await(room=kind)
             yield action
         return True
+
+    def spare_memory(self, windows: int) -> None:
+        """After so many windows forward: have the reverse sweep do with as much memory as it was said to need.
+
+        Unless states lie much further apart than was thought, and recomputing what is between them needs more.
+        """
+        held = self.layout.held
+        if held is not None and windows <= held * len(self.restarts):
+            self.stock.snapshots.spare(held)
 
     def _no_room(self, shelf: Shelf) -> Exception:
         if shelf.capacity < shelf.made_with:

@@ -19,7 +19,7 @@ class Rules:
     """Let the write queue grow into free slots while storage stalls, and thin it out when it cannot."""
 
     margin: float = 1.0
-    """Prefetch ahead by (1 + margin) times the expected read."""
+    """Prefetch ahead by (1 + margin) times the expected read, or by less where transfers take much the same time."""
 
     deep: bool = True
     """Prefetch further restart points into slots the current interval cannot use."""
@@ -70,6 +70,12 @@ class Layout:
 
     Memory that was never touched costs more to touch than a stored item costs to read back.
     None: fill the memory there is.
+    """
+
+    held: int | None = None
+    """In reverse, hold no more snapshots in memory than this while storage has kept up; None: fill the memory there is.
+
+    For the same reason.
     """
 
     final_state: bool = True

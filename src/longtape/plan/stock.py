@@ -52,6 +52,8 @@ class Shelf:
         self.kind = kind
         self.capacity = self.made_with = capacity
         """Slots that can be used; fewer than it was made with while a read that was given up may still fill some."""
+        self.spared = 0
+        """Of those, slots that are left alone unless nothing else can make room."""
         self.memory: dict[int, Status] = {}
         self.stored: set[int] = set()
         self.clean: set[int] = set()
@@ -62,11 +64,15 @@ class Shelf:
     @property
     def free(self) -> int:
         """Slots with nothing in them."""
-        return self.capacity - len(self.memory)
+        return self.capacity - self.spared - len(self.memory)
 
     def available(self) -> int:
         """Slots that are free or can be made free at once by evicting a stored item."""
         return self.free + len(self.clean) - sum(1 for step in self.protected if step in self.clean)
+
+    def spare(self, most: int) -> None:
+        """From now on leave alone what is beyond so many slots, those in use excepted."""
+        self.spared = max(0, self.capacity - max(most, len(self.memory)))
 
     def resident(self, step: int) -> bool:
         """Whether the item can be used from memory now."""
