@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import Chaotic, OutOfPlace
 
 import longtape
@@ -224,3 +227,29 @@ def test_an_observer_that_raises_stops_the_run_and_leaves_nothing(scratch: Path)
 
     with pytest.raises(ZeroDivisionError, match="mine"):
         run(Chaotic(), 50, memory=400, disk=scratch, observers=[Broken()])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12),
+    transfers=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5)), min_size=1, max_size=12),
+)
+def test_overlap_is_the_share_of_transfers_beside_steps(
+    steps: list[tuple[int, int]], transfers: list[tuple[int, int]]
+) -> None:
+    """Counted second by second; each step and write begins so long after the last, and takes so long."""
+    trace, stepping, writing = Trace(0.0, lambda: (0, 0)), set[int](), set[int]()
+    for began, ended in laid_out(steps):
+        trace.on_action(Advance(began, began + 1), began, ended)
+        stepping.update(range(began, ended))
+    for began, ended in laid_out(transfers):
+        trace.on_transfer("write", Key(Kind.SNAPSHOT, began), 1, began, ended)
+        writing.update(range(began, ended))
+    assert trace.overlap_fraction() == pytest.approx(len(stepping & writing) / len(writing))
+
+
+def laid_out(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    now = 0
+    for gap, length in spans:
+        yield now + gap, now + gap + length
+        now += gap + length

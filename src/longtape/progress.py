@@ -13,7 +13,6 @@ from longtape.actions import Action, Advance, Key, PullBack, Record, Reverse, Tu
 
 _BAR_WIDTH = 12
 _REDRAW_SECONDS = 0.1
-_COUNTED = frozenset({Advance, Record, Reverse, PullBack, Turn})
 
 
 class Progress:
@@ -54,19 +53,19 @@ class Progress:
         """Count an action and, ten times a second at most, redraw the line."""
         if self._first is None:
             self._first = began
-        if type(action) not in _COUNTED:
-            return
-        match action:
-            case Advance() | Record() if self.turned:
+        if isinstance(action, (Advance, Record)):
+            if self.turned:
                 self.replayed += action.stop - action.start
-            case Advance() | Record():
+            else:
                 self.reached = max(self.reached, action.stop)
-            case Reverse() | PullBack():
-                # The last step may never have been advanced: its adjoint re-runs it.
-                self.steps = self.reached = self.steps or action.stop
-                self.reversed += action.stop - action.start
-            case Turn():
-                self.turned, self._turned_at = True, ended
+        elif isinstance(action, (Reverse, PullBack)):
+            # The last step may never have been advanced: its adjoint re-runs it.
+            self.steps = self.reached = self.steps or action.stop
+            self.reversed += action.stop - action.start
+        elif isinstance(action, Turn):
+            self.turned, self._turned_at = True, ended
+        else:
+            return
         if self._line is not None and (ended - self._drawn_at >= _REDRAW_SECONDS or self.reversed == self.steps):
             self._drawn_at = ended
             self._line.set_description_str(self.text(ended))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from longtape.actions import Action, Advance, Await, Key, PullBack, Record, Restore, Reverse, Store, Turn
 
 MOST_SPANS = 1 << 16
@@ -282,11 +284,10 @@ class Trace:
 
 def _common(a: _Lane, b: _Lane) -> float:
     """Time that two lanes have in common."""
-    total, i, j = 0.0, 0, 0
-    while i < len(a.began) and j < len(b.began):
-        total += max(0.0, min(a.ended[i], b.ended[j]) - max(a.began[i], b.began[j]))
-        if a.ended[i] < b.ended[j]:
-            i += 1
-        else:
-            j += 1
-    return total
+    if not a.began or not b.began:
+        return 0.0
+    edges = np.column_stack((b.began, b.ended)).ravel()
+    covered = np.zeros(edges.size)  # by `b`, up to each of its edges
+    covered[1::2] = np.cumsum(edges[1::2] - edges[::2])
+    covered[2::2] = covered[1:-1:2]
+    return float(np.sum(np.interp(a.ended, edges, covered) - np.interp(a.began, edges, covered)))

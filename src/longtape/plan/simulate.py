@@ -284,7 +284,7 @@ class _Machine:
                 self.work = step
             case Write(key):
                 self.stock.begin_write(key)
-                if self.stock.occupied() > self.stock.storage_limit:
+                if self.stock.storage_limit < inf and self.stock.occupied() > self.stock.storage_limit:
                     raise PlanError(f"{key} is to be written, but storage has no room for it")
                 self.transfer(self.writer, key)
             case Read(key):
