@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from longtape.actions import Action, Advance, Key, PullBack, Record, Reverse, Turn
 
 _BAR_WIDTH = 12
-_REDRAW_SECONDS = 0.1
+_REDRAW_SECONDS = 0.2
 
 
 class Progress:
@@ -50,7 +50,7 @@ class Progress:
         self._line = _open_line(file) if (file.isatty() if show is None else show) else None
 
     def on_action(self, action: Action, began: float, ended: float) -> None:
-        """Count an action and, ten times a second at most, redraw the line."""
+        """Count an action and, five times a second at most, redraw the line."""
         if self._first is None:
             self._first = began
         if isinstance(action, (Advance, Record)):
