@@ -163,9 +163,9 @@ def test_recomputing_is_set_beside_the_optimum() -> None:
 
 
 def test_a_replay_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longtape.compose.REPLAY_SECONDS", 0.0)
-    monkeypatch.setattr("longtape.compose.REPLAY_SHARE", 0.0)
-    monkeypatch.setattr("longtape.compose.LEAST_REPLAY_SECONDS", 1e-9)
+    monkeypatch.setattr("longtape.retrospect.REPLAY_SECONDS", 0.0)
+    monkeypatch.setattr("longtape.retrospect.REPLAY_SHARE", 0.0)
+    monkeypatch.setattr("longtape.retrospect.LEAST_REPLAY_SECONDS", 1e-9)
     assert run(Slow(SIZE), 400, memory=6 * STATE, tier=slow_tier(1e-3), costs=told(1e-3)).report.simulated is None
 
 

@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -19,26 +19,25 @@ from math import ceil, inf
 from typing import Any
 
 from longtape.accelerator import Accelerator
-from longtape.actions import Action, Key, Kind
+from longtape.actions import Action, Kind
 from longtape.durable.keeper import Keeper, Resumable
 from longtape.engine.executor import Executor
-from longtape.engine.mover import Budget, Mover, Traffic
+from longtape.engine.mover import Budget, Mover
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Aside, Workers
 from longtape.errors import BudgetError, ResumeError, StateError, StorageError, UsageError
 from longtape.foresee import layout_of
 from longtape.measure import LEAST_WINDOWS, CodecSpeed, JobCosts, Windows, measure_codec, measure_tier, measure_windows
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
-from longtape.plan.binomial import advances
 from longtape.plan.choose import LARGEST_BLOCK, Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.predict import horizon
 from longtape.plan.scheduled import ScheduledPlan, settle
-from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
 from longtape.protocols import Bytes, Job, Observer, Tier
-from longtape.report import DeviceReport, Quantities, Replan, Report, Stall, Transfers
+from longtape.report import Quantities, Report
+from longtape.retrospect import Retrospect
 from longtape.settled import measure_settled
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.aligned import HUGE_PAGE, provide
@@ -60,12 +59,6 @@ LEAST_CODEC_GAIN = 0.01
 
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
-
-REPLAY_SECONDS = 5e-6
-"""About what a step takes in the event model."""
-
-REPLAY_SHARE, LEAST_REPLAY_SECONDS = 0.002, 0.05
-"""A report replays its run in the event model for this share of the run's time, or these seconds, and no longer."""
 
 TRIAL_SHARE, MOST_TRIAL_SECONDS = 0.005, 0.2
 """Windows are tried beside storage for this share of the predicted time each way, and no longer than these seconds."""
@@ -780,187 +773,40 @@ class Run:
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
         if self._report is None:
-            self._report = self._make_report()
+            self._report = self._retrospect().report()
         return self._report
 
-    def _make_report(self) -> Report:
-        trace, mover, choice, keeper = self._trace, self._mover, self.choice, self._keeper
-        steps = self._stock.steps or 0
-        tier: Any = self._tier
-        packed = self._compressed
-        written, fetched = _total(mover.written.values()), _total(mover.fetched.values())
-        measured = Quantities(
-            seconds=self.forward_seconds + self.reverse_seconds,
-            peak_memory_bytes=self._budget.peak,
-            peak_disk_bytes=mover.peak_stored_nbytes if packed is None else packed.peak_stored_nbytes,
-            bytes_written=written.nbytes if packed is None else packed.bytes_stored,
-            bytes_read=fetched.nbytes if packed is None else packed.bytes_fetched,
-            steps_recomputed=trace.steps_replayed,
-            stall_seconds=trace.seconds("wait"),
-        )
-        return Report(
+    def _retrospect(self) -> Retrospect:
+        given = self._transcript
+        return Retrospect(
             title=self._traits.title,
-            steps=steps,
-            schedule=choice.schedule if self._transcript is None else self._transcript.name,
-            window=choice.window,
-            slots=choice.slots,
-            memory_budget_bytes=self.memory_nbytes,
+            schedule=self.choice.schedule if given is None else given.name,
+            choice=self.choice,
+            costs=self.costs,
+            layout=self._layout() if given is None else None,
+            known=self._traits.steps is not None,
             predicted=self.predicted,
-            measured=measured,
+            trace=self._trace,
+            mover=self._mover,
+            memory_nbytes=self.memory_nbytes,
+            tape_nbytes=self._tape_nbytes(),
             prepare_seconds=self.prepare_seconds,
             forward_seconds=self.forward_seconds,
             reverse_seconds=self.reverse_seconds,
             forward_stall_seconds=self._forward_stall,
-            steps_taped_again=trace.steps_retaped,
-            steps_recorded=trace.steps_recorded,
-            writes=written.count,
-            reads=fetched.count,
-            write_seconds=written.seconds,
-            read_seconds=fetched.seconds,
-            overlap_fraction=trace.overlap_fraction(),
-            direct_io=getattr(tier, "direct", None),
-            faults=(*self._early_faults, *mover.faults, *(() if keeper is None else keeper.faults)),
-            failed_transfers=written.failures + fetched.failures,
-            repeated_reads=mover.repeated_reads,
-            notes=(
-                *self._traits.notes,
-                *self._tier_notes(),
-                *self._codec_notes,
-                *(() if keeper is None else keeper.notes),
-            ),
-            resumed_from=None if keeper is None else keeper.resumed_from,
-            durable_points=None if keeper is None else keeper.durable_points,
-            durable_seconds=0.0 if keeper is None else keeper.seconds,
-            codec=None if packed is None else packed.codec.name,
-            compression_ratio=None if packed is None else packed.ratio,
-            lossy_bound=None if packed is None else packed.codec.bound,
-            simulated=self._simulated(measured),
-            revolve_steps_recomputed=max(0, advances(steps + 1, self._slots_for_revolve(steps)) - steps),
-            transfers=tuple(
-                Transfers(kind.value, direction, moved.count, moved.nbytes, moved.seconds, moved.failures)
-                for direction, by_kind in (("write", mover.written), ("read", mover.fetched))
-                for kind, moved in by_kind.items()
-                if moved.count or moved.failures
-            ),
-            stalls=tuple(
-                Stall(*cause, wait.count, wait.seconds, wait.longest, wait.longest_at)
-                for cause, wait in sorted(trace.waits.items(), key=lambda found: -found[1].seconds)
-            ),
-            replans=tuple(Replan(*change) for change in trace.replans),
-            replan_count=trace.replan_count,
+            notes=(*self._traits.notes, *self._tier_notes(), *self._codec_notes),
+            early_faults=self._early_faults,
             states_verified=getattr(self._job, "states_verified", None),
-            device=self._device_report(),
-        )
-
-    def _device_report(self) -> DeviceReport | None:
-        if self._accelerator is None:
-            return None
-        found, prediction = self._accelerator.usage(), self.choice.prediction
-        links = tuple(replace(link, overlap_fraction=self._trace.link_overlap(link.direction)) for link in found.links)
-        if self._limits is None or not self._is_linked:
-            budget, predicted = self.memory_nbytes, prediction.peak_memory_bytes
-        else:
-            budget, predicted = self._limits.memory_nbytes, prediction.peak_device_bytes
-        return replace(found, budget_bytes=budget, predicted_peak_bytes=predicted, links=links)
-
-    def _slots_for_revolve(self, steps: int) -> int:
-        return max(1, min(steps + 1, self.memory_nbytes // self._item_nbytes(self._traits.state_nbytes)))
-
-    def _simulated(self, measured: Quantities) -> Quantities | None:
-        """The plan replayed with the mean times of this run, unless that would take long beside it.
-
-        None, too, for a run that was resumed: it saw only part of the plan.
-        """
-        steps = self._stock.steps or 0
-        if self._keeper is not None and self._keeper.resumed_from is not None:
-            return None
-        if self._transcript is not None:
-            return None  # the event model runs Longtape's own plan
-        patience = max(LEAST_REPLAY_SECONDS, REPLAY_SHARE * measured.seconds)
-        if not steps or steps * REPLAY_SECONDS > patience:
-            return None
-        until = time.thread_time() + patience
-
-        def watch(action: Action) -> None:
-            if time.thread_time() > until:
-                raise _TakesTooLong
-
-        try:
-            return self._replayed(measured, steps, watch)
-        except _TakesTooLong:
-            return None
-
-    def _replayed(self, measured: Quantities, steps: int, watch: Callable[[Action], None]) -> Quantities:
-        trace = self._trace
-        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(self.choice)
-        outcome = simulate(
-            steps,
-            self.choice.slots,
-            self._seen_speeds(steps),
-            layout=self._layout(),
-            blocks=self.choice.blocks,
-            known=self._traits.steps is not None,
-            observe=watch,
-        )
-        # The model counts items, and which of them are blocks is known only of the run.
-        mean_written = measured.bytes_written / max(1, sum(moved.count for moved in self._mover.written.values()))
-        mean_read = measured.bytes_read / max(1, sum(moved.count for moved in self._mover.fetched.values()))
-        return Quantities(
-            seconds=outcome.seconds,
-            peak_memory_bytes=outcome.peak_slots * state + outcome.peak_blocks * block + self._tape_nbytes(),
-            peak_disk_bytes=measured.peak_disk_bytes if self.choice.blocks else outcome.peak_stored * state,
-            bytes_written=round(outcome.writes * mean_written),
-            bytes_read=round(outcome.reads * mean_read),
-            steps_recomputed=max(0, outcome.advances - (steps - min(steps, trace.steps_recorded))),
-            stall_seconds=outcome.stall_seconds,
-        )
-
-    def _seen_speeds(self, steps: int) -> Speeds:
-        """Mean seconds of this run; where something did not happen, what was expected of it."""
-        trace, costs, mover = self._trace, self.costs, self._mover
-        run = trace.steps_forward + trace.steps_replayed
-        if self.choice.blocks and not self._is_linked:
-            run += trace.steps_retaped  # recorded, where on a device they are part of a window's adjoint
-        forward = (trace.seconds("forward") + trace.seconds("replay")) / max(1, run)
-        reverse = trace.seconds("reverse") / steps
-
-        def mean(by_kind: dict[Kind, Traffic], otherwise: Callable[[int], float]) -> Callable[[Key], float]:
-            sizes = {Kind.SNAPSHOT: self._item_nbytes(self._traits.state_nbytes)}
-            sizes[Kind.RESIDUALS] = self._block_nbytes(self.choice)
-            found = {
-                kind: by_kind[kind].seconds / by_kind[kind].count if by_kind[kind].count else otherwise(nbytes)
-                for kind, nbytes in sizes.items()
-            }
-            return lambda key: found[key.kind]
-
-        return Speeds(
-            **self._seen_link(),
-            forward=forward,
-            reverse=reverse,
-            write=mean(mover.written, costs.write_seconds),
-            read=mean(mover.fetched, costs.read_seconds),
-            record=forward if self.choice.blocks else None,
-            pull_back=reverse if self.choice.blocks else None,
+            keeper=self._keeper,
+            packed=self._compressed,
+            accelerator=self._accelerator,
+            device=self._limits,
         )
 
     @property
     def _is_linked(self) -> bool:
         """Whether items are kept behind a device, and not on it."""
         return self._limits is not None and not self.choice.on_device
-
-    def _seen_link(self) -> dict[str, Any]:
-        """What the link of a device took in this run; nothing without one."""
-        if not self._is_linked or self._accelerator is None or self._limits is None:
-            return {}
-        sizes = {Kind.SNAPSHOT: self._item_nbytes(self._traits.state_nbytes)}
-        sizes[Kind.RESIDUALS] = self._block_nbytes(self.choice)
-        pace = {"out": 1.0 / self.costs.out_bytes_per_second, "in": 1.0 / self.costs.in_bytes_per_second}
-        pace |= {way.direction: way.seconds / way.nbytes for way in self._accelerator.usage().links if way.nbytes}
-        return {
-            "copy_out": lambda key: pace["out"] * sizes[key.kind],
-            "copy_in": lambda key: pace["in"] * sizes[key.kind],
-            "staging": self._limits.staging,
-        }
 
     def _tier_notes(self) -> tuple[str, ...]:
         reason = getattr(self._tier, "fallback_reason", None)
@@ -990,20 +836,6 @@ def _paces_itself(choice: Choice) -> bool:
 
 def _with_peak(choice: Choice, nbytes: int) -> Choice:
     return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=nbytes))
-
-
-class _TakesTooLong(Exception):
-    """A replay has taken as long as a report may."""
-
-
-def _total(traffic: Iterable[Traffic]) -> Traffic:
-    total = Traffic()
-    for moved in traffic:
-        total.count += moved.count
-        total.nbytes += moved.nbytes
-        total.seconds += moved.seconds
-        total.failures += moved.failures
-    return total
 
 
 def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | None, schedule: Any = None) -> None:

@@ -145,6 +145,8 @@ class Trace:
         self._level_every = 1
         self._level_count = 0
         self.turned_at: float | None = None
+        self.actions = 0
+        """Of every kind."""
         self.steps_forward = 0
         """Steps of the first sweep, plain or recorded."""
         self.steps_replayed = 0
@@ -162,7 +164,8 @@ class Trace:
     # Observer ------------------------------------------------------------------------------
 
     def on_action(self, action: Action, began: float, ended: float) -> None:
-        """Note a compute action, a copy or a wait."""
+        """Note a compute action, a copy or a wait; only count the others."""
+        self.actions += 1
         kind = type(action)
         if kind is Advance or kind is Record:
             self._ran(action, began, ended)  # type: ignore[arg-type]
