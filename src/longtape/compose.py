@@ -816,11 +816,12 @@ class Run:
     def predicted(self) -> Quantities:
         """What the plan says the run will take."""
         prediction, steps = self.choice.prediction, self._stock.steps or 0
+        expected = prediction.peak_memory_bytes
         if self._traits.steps is None and steps:  # the plan was made for a length that was only assumed
             prediction = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
         return Quantities(
             seconds=prediction.time_seconds,
-            peak_memory_bytes=prediction.peak_memory_bytes,
+            peak_memory_bytes=min(expected, prediction.peak_memory_bytes),
             peak_disk_bytes=prediction.peak_disk_bytes,
             bytes_written=prediction.bytes_written,
             bytes_read=prediction.bytes_read,
