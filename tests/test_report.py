@@ -177,7 +177,8 @@ def test_with_storage_the_replayed_plan_is_near_the_run() -> None:
     assert report.measured.steps_recomputed < report.revolve_steps_recomputed
 
 
-def test_a_long_run_of_tiny_steps_is_not_replayed() -> None:
+def test_a_long_run_of_tiny_steps_is_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtape.retrospect.simulate", None)  # not even begun
     costs = longtape.Costs(1e-9, 2e-9)
     assert run(Chaotic(), 20_000, memory=200 * 80, costs=costs).report.simulated is None
 

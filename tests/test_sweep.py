@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from models import Chaotic, OutOfPlace, Recording, Spanning, store_everything
 
 import longtape
+from longtape.measure import TierSpeed
 from longtape.plan.binomial import advances
 from longtape.testing.tiers import ThrottledTier
 from longtape.tiers.disk import DiskTier
@@ -224,10 +225,13 @@ class Large:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_of_memory_that_gains_little_little_is_touched(tmp_path, known):
+def test_of_memory_that_gains_little_little_is_touched(tmp_path, known, monkeypatch):
     """And the prediction knows it."""
     model, nbytes = Large(), 16 << 20
-    tier = ThrottledTier(DiskTier(tmp_path), write_bytes_per_second=1e9, read_bytes_per_second=1e9)
+    rate = {"write_bytes_per_second": 1e9, "read_bytes_per_second": 1e9}
+    speed = TierSpeed(**rate, write_latency=0.0, read_latency=0.0, touch_bytes_per_second=1e10)
+    monkeypatch.setattr("longtape.compose.measure_tier", lambda *_, **__: speed)
+    tier = ThrottledTier(DiskTier(tmp_path), **rate)
     try:
         report = run(model, model.ends_at if known else None, memory=24 * nbytes, tier=tier).report
     finally:

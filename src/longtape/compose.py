@@ -250,13 +250,14 @@ class Run:
             assert self._limits is not None
             self.memory_nbytes = self._limits.memory_nbytes
             self._memory_name = "memory"
-        self.choice = self._expected(self._fitted(choice, self.memory_nbytes - self._spared()))
+        self.choice = self._fitted(choice, self.memory_nbytes - self._spared())
         if self._codec is not None and self._tier is not None and not choice.on_device:
             self._choose_packed(job, stated)
         if job.windows is not None and self._compressed is None:
             self._try_windows(job.windows)
             if job.restore is not None:
                 job.restore()
+        self.choice = self._expected(self.choice)  # by the costs that the run is laid out with
 
     def _choose_packed(self, job: JobCosts, stated: Costs | None) -> None:
         """Use the codec, if the plan gains by it."""
@@ -343,7 +344,6 @@ class Run:
             choice,
             prediction=replace(
                 stored,
-                peak_memory_bytes=stored.peak_memory_bytes + CODEC_ITEMS * item,
                 peak_disk_bytes=ceil(fraction * stored.peak_disk_bytes),
                 bytes_written=ceil(fraction * stored.bytes_written),
                 bytes_read=ceil(fraction * stored.bytes_read),
@@ -358,7 +358,7 @@ class Run:
             choice = choose(replace(problem, memory_nbytes=memory, disk_nbytes=limit), costs)
             if choice.on_device:
                 return None
-            return self._expected(self._fitted(choice, memory))
+            return self._fitted(choice, memory)
         except BudgetError:
             return None
 
@@ -513,17 +513,16 @@ class Run:
 
     def _expected(self, choice: Choice) -> Choice:
         """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
-        held = self._held_slots(choice)
-        if held is not None:
-            unused = (choice.slots - held) * self._item_nbytes(self._traits.state_nbytes)
-            return _with_peak(choice, choice.prediction.peak_memory_bytes - unused)
-        if choice.schedule != "residuals" or self._limits is not None:
-            return choice
+        peak = choice.prediction.peak_memory_bytes
         state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        # A plan that records a part of the windows does so as fast as storage goes, and all blocks wait to be written.
-        blocks = min(choice.blocks, 2 * STAGED) if choice.record_fraction == 1.0 else choice.blocks
-        held = blocks * block + min(choice.slots, STAGED) * state
-        return _with_peak(choice, min(choice.prediction.peak_memory_bytes, held))
+        slots = self._held_slots(choice)
+        if slots is not None:
+            peak -= (choice.slots - slots) * state
+        elif choice.schedule == "residuals" and self._limits is None:
+            # A plan that records only some windows does so as fast as storage goes, and all blocks wait to be written.
+            blocks = min(choice.blocks, 2 * STAGED) if choice.record_fraction == 1.0 else choice.blocks
+            peak = min(peak, blocks * block + min(choice.slots, STAGED) * state)
+        return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=peak + self._codec_nbytes))
 
     def _layout(self) -> Layout:
         layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging(self.choice)
@@ -619,7 +618,7 @@ class Run:
     def _tape_nbytes(self) -> int:
         """What a window's tape takes of the memory that items are kept in."""
         choice, limits = self.choice, self._limits
-        if choice.blocks or self._is_linked:
+        if choice.blocks or (limits is not None and not choice.on_device):
             return 0
         return (choice.window - 1) * (self._traits.tape_nbytes if limits is None else limits.tape_nbytes)
 
@@ -648,8 +647,7 @@ class Run:
         """Have the system provide the memory the sweeps will use before they do, and beside the first steps."""
         choice = self.choice
         interval = ceil(choice.spacing / choice.window) if choice.uses_disk and not choice.record_fraction else 0
-        wanted = interval + 2 * STAGED if choice.uses_disk else choice.slots
-        wanted = self._held_slots(choice) or wanted
+        wanted = self._held_slots(choice) or (interval + 2 * STAGED if choice.uses_disk else choice.slots)
         for kind, most in ((Kind.SNAPSHOT, self._traits.working_slots + wanted), (Kind.RESIDUALS, 2 * STAGED)):
             memory = self._pools[kind].memory(most)
             if memory.nbytes and not provide(memory[:HUGE_PAGE]):
@@ -803,11 +801,6 @@ class Run:
             device=self._limits,
         )
 
-    @property
-    def _is_linked(self) -> bool:
-        """Whether items are kept behind a device, and not on it."""
-        return self._limits is not None and not self.choice.on_device
-
     def _tier_notes(self) -> tuple[str, ...]:
         reason = getattr(self._tier, "fallback_reason", None)
         return () if reason is None else (f"storage is buffered: {reason}",)
@@ -816,12 +809,12 @@ class Run:
     def predicted(self) -> Quantities:
         """What the plan says the run will take."""
         prediction, steps = self.choice.prediction, self._stock.steps or 0
-        expected = prediction.peak_memory_bytes
         if self._traits.steps is None and steps:  # the plan was made for a length that was only assumed
-            prediction = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
+            again = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
+            prediction = self._expected(replace(self.choice, prediction=again)).prediction
         return Quantities(
             seconds=prediction.time_seconds,
-            peak_memory_bytes=min(expected, prediction.peak_memory_bytes),
+            peak_memory_bytes=prediction.peak_memory_bytes,
             peak_disk_bytes=prediction.peak_disk_bytes,
             bytes_written=prediction.bytes_written,
             bytes_read=prediction.bytes_read,
@@ -833,10 +826,6 @@ class Run:
 def _paces_itself(choice: Choice) -> bool:
     """Whether the plan stores as often as storage allows, and so follows the measured times."""
     return choice.schedule == "asynchronous" and choice.stall_spacing is None and choice.longest_piece is None
-
-
-def _with_peak(choice: Choice, nbytes: int) -> Choice:
-    return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=nbytes))
 
 
 def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | None, schedule: Any = None) -> None:
