@@ -78,6 +78,16 @@ def test_same_bits_when_what_is_stored_is_compressed(tmp_path_factory, kind, ste
         assert report.compression_ratio >= 1.0
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_the_buffers_of_a_codec_are_predicted(tmp_path, known):
+    model = Large(nbytes=1 << 20)
+    costs = longtape.Costs(2e-3, 4e-3, write_bytes_per_second=1e8, read_bytes_per_second=1e8)
+    steps = model.ends_at if known else None
+    report = run(model, steps, memory="12MiB", disk=tmp_path, compress="lz4", costs=costs).report
+    assert report.codec == "lz4"
+    assert report.predicted.peak_memory_bytes == report.measured.peak_memory_bytes > 11 << 20
+
+
 def test_a_lossy_codec_says_so_and_keeps_integers(tmp_path):
     size = 20_000
     costs = longtape.Costs(1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
@@ -202,10 +212,10 @@ def test_the_report_counts(tmp_path):
 
 
 class Large:
-    """States of 16 MiB, in steps that take less than to have the system provide memory for many."""
+    """States of many bytes, in steps that take less than to have the system provide memory for many."""
 
-    def __init__(self):
-        self.state = [np.zeros(1 << 21)]
+    def __init__(self, nbytes=16 << 20):
+        self.state = [np.zeros(nbytes // 8)]
         self.advanced = 0
         self.ends_at = 400
         self.seen = []

@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtape.actions import Advance, Kind, Reverse, Store, Turn
+from longtape.actions import Advance, Key, Kind, Reverse, Store, Turn
 from longtape.errors import PlanError
 from longtape.plan.asynchronous import EXACT, AsynchronousPlan, Layout, Rules
 from longtape.plan.binomial import advances
+from longtape.plan.course import Course
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.stock import Stock
 from longtape.plan.verify import verify
@@ -158,6 +159,18 @@ def test_memory_is_used_where_states_lie_further_apart_than_was_thought():
     spared = simulate(1200, 40, costs, layout=Layout(tail=4, staging=4, held=7))
     assert spared.peak_slots > 7
     assert spared.seconds < 1.01 * free.seconds
+
+
+def test_spared_memory_is_there_when_nothing_else_makes_room():
+    stock = Stock(4, steps=100)
+    course = Course(stock, Layout(held=2), Rules())
+    for step in (0, 5):
+        stock.put(Key(Kind.SNAPSHOT, step))
+        course.protect(step)
+    stock.snapshots.spare(2)
+    assert stock.snapshots.free == 0
+    assert list(course.make_room()) == []
+    assert stock.snapshots.free == 1
 
 
 def test_recording_everything_recomputes_nothing():
