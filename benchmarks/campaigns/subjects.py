@@ -135,7 +135,7 @@ def _actions(subject: Subject) -> int:
 
     seen = _Counter()
     with tempfile.TemporaryDirectory() as there:
-        subject.run(resume=Path(there) / "run", observers=[seen])
+        subject.run(resume=Path(there), observers=[seen])
     return seen.count
 
 

@@ -94,15 +94,19 @@ def places(*roots: Any) -> Iterator[Place]:
             return iter(found)
 
 
-def digests(roots: Iterable[Any], bytes_of: Callable[[Any], Bytes]) -> dict[str, str]:
+def digests(roots: Iterable[Any], bytes_of: Callable[[Any], Bytes], *, but: Iterable[Any] = ()) -> dict[str, str]:
     """A short hash for each path that has a value.
 
     Args:
         roots: As in `places`.
         bytes_of: The elements of an array that is not NumPy's, in row-major order.
+        but: Arrays that are left out.
     """
     found: dict[str, str] = {}
+    left_out = {id(array) for array in but}
     for place in places(*roots):
+        if id(place.value) in left_out:
+            continue
         digest = xxh3_128(f"{place.kind} {_type_name(place.value)}".encode())
         if place.kind == "plain":
             digest.update(text_of(place.value).encode())
@@ -111,6 +115,8 @@ def digests(roots: Iterable[Any], bytes_of: Callable[[Any], Bytes]) -> dict[str,
         elif place.kind == "array":
             value = place.value
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            if value.dtype == object:  # whose bytes are addresses
+                value = np.frombuffer(text_of(np.asarray(value).tolist()).encode(), np.uint8)
             own = isinstance(value, np.ndarray)
             data = np.ascontiguousarray(value).reshape(-1).view(np.uint8) if own else bytes_of(value)
             digest.update(data.data)
@@ -270,7 +276,7 @@ def _kind_of(value: Any) -> Kind:
         return "plain"
     if isinstance(value, types.CodeType):
         return "code"
-    if not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype"):
+    if not isinstance(value, (type, types.ModuleType)) and hasattr(value, "shape") and hasattr(value, "dtype"):
         return "array"
     if isinstance(value, (tuple, list, set, frozenset)) and all(_kind_of(item) == "plain" for item in value):
         return "plain"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from longtape.actions import Kind
 from longtape.compose import Run, Settings, Traits, refuse_lossy_verification, refuse_resuming
-from longtape.durable.fingerprints import of_bytes, of_code
+from longtape.durable.fingerprints import bounded, of_bytes, of_code
 from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.engine.trace import Trace
@@ -27,6 +27,7 @@ from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.protocols import Bytes, Floats, Observer, Slot, Tier
+from longtape.reach import digests
 from longtape.report import Report
 from longtape.tiers.aligned import map_aligned
 from longtape.witness import Witness
@@ -194,6 +195,11 @@ class _InPlaceJob:
         for kept, array in zip(self._fields.views(slot), self.model.state, strict=True):
             np.copyto(array, kept, casting="no")
 
+    def put_initial(self, slot: Slot) -> None:
+        """State 0 is the working state once more; the slot has a copy of it."""
+        self.load(slot)
+        self._step = 0
+
     def yield_slot(self, slot: Slot) -> Slot:
         return slot
 
@@ -291,6 +297,9 @@ class _OutOfPlaceJob(_InPlaceJob):
     def load(self, slot: Slot) -> None:
         self._current = slot
 
+    def put_initial(self, slot: Slot) -> None:
+        self.reset([])  # the model's own arrays hold it still
+
     def yield_slot(self, slot: Slot) -> Slot:
         if self._current is not slot:
             return slot
@@ -368,8 +377,14 @@ _JOBS = {
 class _Kept:
     """A model's adjoint, for a run that can be resumed.  Implements `longtape.protocols.Durable`."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, job: _InPlaceJob) -> None:
+        self._model, self._job = model, job
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        return [(f"state[{k}]", _bytes_of(array)) for k, array in enumerate(self._job.live())]
+
+    def put_initial(self, slot: Slot) -> None:
+        self._job.put_initial(slot)
 
     def _arrays(self) -> list[Array]:
         adjoint = getattr(self._model, "adjoint", ())
@@ -402,10 +417,12 @@ def _bytes_of(array: Array) -> Bytes:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
+_CODE = ("advance", "reverse", "advance_into", "reverse_from", "record", "pull_back")
+
+
 def _fingerprint(model: Any, steps: int | None, kept: _Kept) -> dict[str, str]:
-    """What must be the same for a run of this model to be gone on with."""
+    """What must be the same for a run of this model to be gone on with, beside what its steps can reach."""
     kind = type(model)
-    code = ("advance", "reverse", "advance_into", "reverse_from", "record", "pull_back")
     more = getattr(model, "fingerprint", "")
     if not isinstance(more, str | bytes):
         raise UsageError(f"model.fingerprint must be a string or bytes, not {type(more).__name__}")
@@ -414,18 +431,28 @@ def _fingerprint(model: Any, steps: int | None, kept: _Kept) -> dict[str, str]:
     return {
         "front end": "Sweep",
         "model": f"{kind.__module__}.{kind.__qualname__}",
-        "code of the model's steps": of_code(*[getattr(kind, name, None) for name in code]),
+        "code of the model's steps": of_code(*[getattr(model, name, None) for name in _CODE]),
         "number of steps": str(steps),
         "size of the residuals": str(getattr(model, "residual_nbytes", None)),
-        "shape of the state": of_bytes([_text(" ".join(shapes[0]))]),
-        "shape of the adjoint": of_bytes([_text(" ".join(shapes[1]))]),
+        "most steps that reverse takes": str(getattr(model, "max_reverse", 1)),
+        "shape of the state": " ".join(shapes[0]),
+        "shape of the adjoint": " ".join(shapes[1]),
         "initial state": of_bytes(_bytes_of(array) for array in model.state),
         "fingerprint of the model": of_bytes([more_bytes]),
+        "version of NumPy": np.__version__,
     }
 
 
-def _text(text: str) -> Bytes:
-    return np.frombuffer(text.encode(), np.uint8)
+def _reached(model: Any) -> dict[str, str]:
+    """What the model's methods can reach, but for the arrays that are its state and its adjoint."""
+    adjoint = getattr(model, "adjoint", ())
+    own = [*model.state, *([adjoint] if isinstance(adjoint, np.ndarray) else adjoint)]
+    methods = [getattr(model, name) for name in _CODE if hasattr(model, name)]
+    return bounded(digests(methods, _bytes_of, but=own))
+
+
+_ROWS = "way of reversing"
+"""Of the fingerprint: whether tiny steps are reversed by rows, which the process that begins decides by their time."""
 
 
 class Sweep:
@@ -436,7 +463,7 @@ class Sweep:
         steps: N, at least 1; None if only the model knows where the sequence ends (see `Model.advance`).
         memory: Most bytes held for snapshots at any moment, such as ``"4GiB"`` or an
             integer.  The model's own buffers are not counted.
-        disk: Directory for a private scratch file, or None to recompute in memory only.
+        disk: Existing directory for a private scratch file, or None to recompute in memory only.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
@@ -454,10 +481,13 @@ class Sweep:
         schedule: A `checkpoint_schedules.CheckpointSchedule` to follow, fresh; it is read and
             checked here, and used up.  What it keeps on disk is written and fetched in the
             background.  None: the quickest plan for the budget is chosen.
-        resume: Directory that makes the run durable.  After a kill, a loss of power or an exception,
-            the same call with a model in its initial state goes on where the run was, forward
-            or reverse.  The directory takes the place of `disk`; the files in it are removed
-            when `reverse` has ended.  One state of `memory` is set aside for it.
+        resume: Existing directory that makes the run durable.  After a kill, a loss of power or an
+            exception, the same call with a model in its initial state goes on where the run was,
+            forward or reverse.  The directory takes the place of `disk`; the files in it are removed
+            when `reverse` has ended.  One state of `memory` is set aside for it.  A run that was begun
+            with anything else the model's methods can reach (closures, globals, attributes, arrays by
+            content) is refused, and so is one whose steps, a few of which are run again, do other
+            than they did.  Work arrays count unless steps write to them: make them zeros, not `empty`.
         resume_seconds: Work that may be lost.
         name: Tells runs apart that share the directory.
 
@@ -513,17 +543,18 @@ class Sweep:
         estimate = _checked_seconds(model)
         seconds = check_seconds(resume_seconds)
         if resume is not None:
-            refuse_resuming(steps=steps, tier=tier, compress=compress, schedule=schedule)
+            refuse_resuming(steps=steps, tier=tier, compress=compress, schedule=schedule, disk=disk)
         home = None if resume is None else Home(resume, name)
         try:
             begun = None if home is None else found_begin(home)
+            reached = {} if home is None else _reached(model)  # before a step is run
             measured = None if costs is not None or begun is not None else self._measure(estimate)
             assumed = measured is not None and estimate is None
             if begun is None:
                 in_steps = schedule is not None or out_of_place or records or span > 1
                 by_rows = not in_steps and self._steps_are_tiny(measured)
             else:
-                by_rows = begun.front.get("by_rows") is True
+                by_rows = begun.fingerprint.get(_ROWS) == "by rows"
             traits = Traits(
                 title=type(model).__name__,
                 steps=steps,
@@ -538,9 +569,9 @@ class Sweep:
             )
             resumable = None
             if home is not None:
-                kept = _Kept(model)
-                fingerprint, front = _fingerprint(model, steps, kept), {"by_rows": by_rows}
-                resumable = Resumable(home, kept, fingerprint, front, seconds=seconds)
+                kept = _Kept(model, self._job)
+                fingerprint = _fingerprint(model, steps, kept) | {_ROWS: "by rows" if by_rows else "by steps"}
+                resumable = Resumable(home, kept, fingerprint, lambda: _reached(model), reached, seconds=seconds)
             settings = Settings(
                 memory,
                 disk=disk,

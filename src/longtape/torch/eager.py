@@ -38,6 +38,9 @@ class Ambient:
         self._cache = torch.is_autocast_cache_enabled()
         self.is_trivial = not any(enabled for _, _, enabled in self._settings)
 
+    def __str__(self) -> str:
+        return str([] if self.is_trivial else self._settings)
+
     def __call__(self) -> ExitStack:
         stack = ExitStack()
         if self.is_trivial and not any(torch.is_autocast_enabled(device) for device, _, _ in self._settings):
