@@ -177,9 +177,7 @@ def test_clean_lists_and_removes_what_is_not_held(tmp_path, capsys):
 
 
 def test_clean_asks_first(tmp_path, capsys, monkeypatch):
-    from longtape.durable.home import Home
-
-    Home(tmp_path, "left").close()
+    (tmp_path / "left.longtape-journal").touch()
     monkeypatch.setattr("builtins.input", lambda question: "n")
     assert main(["clean", str(tmp_path)]) == 0
     assert "nothing was removed" in capsys.readouterr().out

@@ -267,7 +267,8 @@ class _Walk:
         for base in kind.__mro__:
             slots = getattr(base, "__slots__", ())
             for name in (slots,) if isinstance(slots, str) else tuple(slots):
-                if name in self._names and hasattr(value, name):
+                is_open = _is_library_class(base) and not name.startswith("_")
+                if (is_open or name in self._names) and hasattr(value, name):
                     self._add(f"{path}.{name}", getattr(value, name), value, name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from statistics import median
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -571,7 +572,7 @@ class Sweep:
             if home is not None:
                 kept = _Kept(model, self._job)
                 fingerprint = _fingerprint(model, steps, kept) | {_ROWS: "by rows" if by_rows else "by steps"}
-                resumable = Resumable(home, kept, fingerprint, lambda: _reached(model), reached, seconds=seconds)
+                resumable = Resumable(home, kept, fingerprint, partial(_reached, model), reached, seconds=seconds)
             settings = Settings(
                 memory,
                 disk=disk,

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -470,7 +471,7 @@ class Call:
             home,
             DurableScan(job, paths(self._carry.build(self.init), "carry")),
             found,
-            lambda: reached(self._step),
+            partial(reached, self._step),
             self._reached,
             start,
             self.durable.seconds,
