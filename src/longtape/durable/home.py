@@ -271,7 +271,7 @@ class Home:
         directory, self._directory_fd = self._directory_fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):
-                if os.fstat(fd).st_size == 0 and not self.data_nbytes:
+                if not os.fstat(fd).st_size:
                     owned.remove(self.name + JOURNAL, owned.identity(fd), dir_fd=directory)
         _close(directory)
         return fd

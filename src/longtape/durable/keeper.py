@@ -183,8 +183,7 @@ class Keeper:
             )
 
     def _open_tier(self, limit: int | None) -> NamedDiskTier:
-        if self._home.is_damaged:
-            self._fault(f"{self._home.journal_path} is damaged where it begins, so the run begins anew")
+        lost = f"{self._home.journal_path} is damaged where it begins" if self._home.is_damaged else None
         if self.begin is not None:
             if self._home.torn_nbytes:
                 self.notes.append(f"the last {self._home.torn_nbytes:,} bytes of the journal could not be read")
@@ -196,7 +195,7 @@ class Keeper:
                 raise odd(self._home, error) from None
             except (DamagedBlock, FileNotFoundError) as error:
                 self.snapshots, self.residuals = set(), set()
-                self._fault(f"what an earlier process has made durable cannot be used, so the run begins anew: {error}")
+                lost = f"what an earlier process has made durable cannot be used: {error}"
             except UnreadableJournal:
                 raise
             except StorageError as error:  # which says nothing of what is there: another call may go on with it
@@ -208,6 +207,8 @@ class Keeper:
         self.begin, self._point = None, Point()
         self._known, self._own, self._serial = {}, set(), 0
         self._home.clear()
+        if lost is not None:
+            self._fault(f"{lost}; so the run begins anew")
         self._run_id = os.urandom(16)
         self._journal = self._home.journal(self._run_id)
         return NamedDiskTier(self._home.data_path, run_id=self._run_id, is_new=True, limit=limit)
