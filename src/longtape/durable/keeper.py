@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from longtape.actions import Key, Kind
@@ -108,6 +109,7 @@ class Keeper:
         """For which the run stood still to be made durable."""
         self.resumed_from: str | None = None
         self._aside = Aside("durable")
+        self._aside.start()  # which fails now, or never
         self._attempt: _Attempt | None = None
         self._stuck: threading.Event | None = None
         """Set once a read that was given up has ended, which until then may still fill our slot."""
@@ -552,6 +554,10 @@ class Keeper:
         self.faults.append(message)
 
     # The end -----------------------------------------------------------------------------------
+
+    def last_words(self) -> Callable[[], None]:
+        """Closes what a keeper that nobody refers to leaves behind, without a reference to it; waits for nothing."""
+        return partial(self._aside.let_go, self._home.close)
 
     def stop(self) -> None:
         """Let the point under way end; no further one is made.  Idempotent; before the tier is closed."""
