@@ -59,9 +59,9 @@ def found_begin(home: Home) -> Begin | None:
     return points.read_begin(home.first) if home.first is not None else None
 
 
-def check_seconds(seconds: float) -> float:
-    """The option as a number.  Raises `UsageError`."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+def check_seconds(seconds: Any) -> float:
+    """The option as a number, of Python or of a framework.  Raises `UsageError`."""
+    if isinstance(seconds, bool | str) or not hasattr(seconds, "__float__") or not float(seconds) > 0:
         raise UsageError(f"resume_seconds is the work in seconds that may be lost, more than 0; not {seconds!r}")
     return float(seconds)
 

@@ -22,7 +22,7 @@ from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
-from longtape.sizes import parse_bytes
+from longtape.sizes import parse_bytes, whole_number
 
 
 def scan(
@@ -170,8 +170,11 @@ def while_loop(
         BudgetError, StepError, UsageError: As `scan`.
         StorageError: Storage does not work.
     """
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise UsageError(f"max_steps must be an integer of at least 0, not {max_steps!r}")
+    if max_steps is not None:
+        most = whole_number(max_steps)
+        if most is None or most < 0:
+            raise UsageError(f"max_steps must be an integer of at least 0, not {max_steps!r}")
+        max_steps = most
     settings = Settings(
         memory,
         disk=disk,
@@ -201,4 +204,4 @@ def _names(carry: Any) -> list[str]:
 def _is_empty(xs: Any, length: Any) -> bool:
     """Whether there is no step: nothing to store, and nothing to run."""
     leaves = jax.tree.leaves(xs)
-    return any(np.shape(leaf)[:1] == (0,) for leaf in leaves) or (not leaves and type(length) is int and length == 0)
+    return any(np.shape(leaf)[:1] == (0,) for leaf in leaves) or (not leaves and whole_number(length) == 0)

@@ -16,6 +16,7 @@ from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
+from longtape.sizes import whole_number
 from longtape.torch.inputs import NoInputs
 from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
@@ -84,8 +85,11 @@ def while_loop(
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+    if max_steps is not None:
+        most = whole_number(max_steps)
+        if most is None or most < 0:
+            raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+        max_steps = most
     if verify:
         refuse_lossy_verification(compress)
     ends = _Ends(cond, carry, max_steps)
