@@ -72,7 +72,7 @@ def test_residuals_are_told_apart_from_snapshots() -> None:
         memory=60_000,
         tier=MemoryTier(),
         capture=True,
-        on_report=lambda run: reports.append(run.report),
+        on_report=reports.append,
     )
     out[0].sum().backward()
     (report,) = reports

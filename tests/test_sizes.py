@@ -13,6 +13,7 @@ from longtape.sizes import format_bytes, format_seconds, parse_bytes
     [
         (0, 0),
         (123, 123),
+        (1e9, 10**9),
         ("0", 0),
         ("1_000", 1000),
         ("12 B", 12),
@@ -36,7 +37,7 @@ from longtape.sizes import format_bytes, format_seconds, parse_bytes
         ("1PiB", 1 << 50),
     ],
 )
-def test_what_amounts_mean(value: int | str, nbytes: int) -> None:
+def test_what_amounts_mean(value: float | str, nbytes: int) -> None:
     assert parse_bytes(value) == nbytes
     assert type(parse_bytes(value)) is int
 
@@ -60,7 +61,7 @@ NONSENSE: list[Any] = [
         "1..G",
         "_5",
     ),
-    *(1.5, 1e9, None, True, b"2GiB", [1], "9EiB", 2**63),
+    *(1.5, float("nan"), float("inf"), None, True, b"2GiB", [1], "9EiB", 2**63, 1e19),
 ]
 
 

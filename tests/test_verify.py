@@ -128,9 +128,7 @@ class TestScan:
         torch = self.torch
         carry = {"h": torch.full((3,), 0.3, requires_grad=True), "n": torch.zeros(2)}
         reports: list[Any] = []
-        out, _ = lt.scan(
-            step, carry, length=steps, verify=True, on_report=lambda run: reports.append(run.report), **options
-        )
+        out, _ = lt.scan(step, carry, length=steps, verify=True, on_report=reports.append, **options)
         out["h"].sum().backward()
         return reports[0]
 

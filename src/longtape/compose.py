@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -128,7 +129,7 @@ class Hooks:
     """What the caller of a scan wants to be told."""
 
     on_plan: Callable[[Choice], None] | None
-    on_report: Callable[[Run], None] | None
+    on_report: Callable[[Report], None] | None
 
 
 class Run:
@@ -181,6 +182,12 @@ class Run:
         self._workers: Workers | None = None
         self._wanted = deque[Bytes]()
         self._providing = Aside("memory")
+        self._releases: list[Callable[[], object]] = [
+            self._wanted.clear,
+            self._providing.let_go,
+            partial(_release_memory, self._accelerator, self._pools),
+        ]
+        weakref.finalize(self, _let_go, os.getpid(), self._releases).atexit = False
         memory = parse_bytes(settings.memory)
         if not settings.stuck_seconds > 0:
             raise UsageError(
@@ -198,7 +205,7 @@ class Run:
         try:
             self._keeper = self._open_keeper()
             self._tier = self._open_tier()
-            self._workers = None if self._tier is None else Workers(self._tier, self._clock)
+            self._workers = self._open_workers()
             begun = self._begun()
             if begun is None:
                 self._choose(measure)
@@ -208,7 +215,6 @@ class Run:
                 self.choice, self.costs = begun
             self._assemble()
         except BaseException:
-            self._stop_providing()
             self._release_memory()
             self._release_storage(self._settings.stuck_seconds)
             if self._keeper is not None and self._keeper.begin is None:
@@ -281,9 +287,8 @@ class Run:
         self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
         self._compressed = CompressedTier(self._tier, self._codec, self._floats())
         assert self._workers is not None
-        self._workers.close(_PATIENCE_SECONDS)
         self._tier = self._compressed
-        self._workers = Workers(self._tier, self._clock)
+        self._workers.move_to(self._tier)
 
     def _try_windows(self, windows: Windows) -> None:
         """Run some windows of the chosen plan, beside storage if it is used, and predict by what their steps take."""
@@ -376,7 +381,7 @@ class Run:
         if self._transcript is not None and not self._transcript.uses_disk:
             return None
         if settings.tier is not None:
-            return LentTier(settings.tier)
+            return LentTier(settings.tier, self, settings.stuck_seconds)
         if settings.disk is None:
             return None
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
@@ -386,12 +391,25 @@ class Run:
             self._go_without_storage(error)
             return None
 
+    def _open_workers(self) -> Workers | None:
+        if self._tier is None:
+            return None
+        try:
+            workers = Workers(self._tier, self._clock)
+        except StorageError as error:
+            self._go_without_storage(error)
+            return None
+        self._releases.append(workers.let_go)
+        return workers
+
     def _open_keeper(self) -> Keeper | None:
         settings = self._settings
         if settings.resumable is None:
             return None
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
-        return Keeper(settings.resumable, limit=limit, stuck_seconds=settings.stuck_seconds)
+        keeper = Keeper(settings.resumable, limit=limit, stuck_seconds=settings.stuck_seconds)
+        self._releases.append(keeper.last_words())
+        return keeper
 
     def _begun(self) -> tuple[Choice, Costs] | None:
         """The plan of the run that is gone on with; None for one that begins."""
@@ -575,7 +593,7 @@ class Run:
         self._budget = Budget(self.memory_nbytes)
         self._budget.reserve(self._codec_nbytes)
         self._budget.reserve(self._tape_nbytes())
-        self._trace = Trace(self._clock(), self._held, self._spacing if _paces_itself(choice) else None)
+        self._trace = Trace(self._clock(), spacing=partial(_spacing, stock) if _paces_itself(choice) else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
             stock=stock,
@@ -586,8 +604,9 @@ class Run:
             workers=self._workers,
             stuck_seconds=self._settings.stuck_seconds,
             observers=observers,
-            on_fault=self._warn_once,
+            on_first_fault=_warn,
         )
+        self._trace.held = partial(_held, self._budget, self._compressed or self._mover.storage)
         layout = self._layout()
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
         accelerator = self._accelerator
@@ -637,7 +656,7 @@ class Run:
             keeps_all=not layout.stores,
             steps=self._traits.steps or 0,
         )
-        self._mover.stored_nbytes = sum(
+        self._mover.storage.in_use = sum(
             len(self._stock.shelf(kind).stored) * self._mover.nbytes[kind] for kind in (Kind.SNAPSHOT, Kind.RESIDUALS)
         )
         self._trace.begin_at(self._stock.reached or 0)
@@ -655,19 +674,10 @@ class Run:
             else:
                 self._wanted.extend(memory[k : k + HUGE_PAGE] for k in range(HUGE_PAGE, memory.nbytes, HUGE_PAGE))
         if self._wanted:
-            self._providing.submit(partial(_provide_all, self._wanted))
-
-    def _held(self) -> tuple[int, int]:
-        stored = self._mover.stored_nbytes if self._compressed is None else self._compressed.stored_nbytes
-        return self._budget.in_use, stored
-
-    def _spacing(self) -> float:
-        stock = self._stock
-        return stock.write.value / stock.forward.value if stock.forward.value > 0 else 0.0
-
-    def _warn_once(self, message: str) -> None:
-        if len(self._mover.faults) == 1:
-            _warn(message)
+            try:
+                self._providing.submit(partial(_provide_all, self._wanted))
+            except StorageError:  # no thread for it: it comes as it is used
+                self._wanted.clear()
 
     # Running -------------------------------------------------------------------------------------
 
@@ -734,19 +744,14 @@ class Run:
             return  # a fork: locks and files are the parent's, whose workers may be holding them
         if self._keeper is not None:
             self._keeper.stop()
-        self._stop_providing()
         self._mover.close()
         self._release_memory()
+        self._trace.end()
 
     def _release_memory(self) -> None:
-        if self._accelerator is not None:
-            self._accelerator.close()
-        for pool in self._pools.values():
-            pool.close()
-
-    def _stop_providing(self) -> None:
         self._wanted.clear()
         self._providing.close(_PATIENCE_SECONDS)
+        _release_memory(self._accelerator, self._pools)
 
     def _release_storage(self, timeout: float) -> None:
         if self._workers is not None:
@@ -771,7 +776,7 @@ class Run:
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
         if self._report is None:
-            self._report = self._retrospect().report()
+            self._report = replace(self._retrospect().report(), trace=self._trace)
         return self._report
 
     def _retrospect(self) -> Retrospect:
@@ -866,6 +871,34 @@ def closed_if_it_fails(run: Run) -> Iterator[None]:
     except BaseException:
         run.close()
         raise
+
+
+def _let_go(process: int, releases: list[Callable[[], object]]) -> None:
+    """A run that nobody has closed is garbage: give back what it has, by calls that do not refer to it.
+
+    Called on any thread, in the middle of anything: waits for no thread, and takes no lock that somebody may hold.
+    """
+    if os.getpid() == process:  # in a fork all of it is the parent's
+        for release in releases:
+            release()
+
+
+def _release_memory(accelerator: Accelerator | None, pools: dict[Kind, Any]) -> None:
+    if accelerator is not None:
+        accelerator.close()
+    for pool in pools.values():
+        pool.close()
+
+
+# What a run's trace asks refers to no run: it may be kept for long.
+
+
+def _held(memory: Budget, storage: Budget | CompressedTier) -> tuple[int, int]:
+    return memory.in_use, storage.in_use if isinstance(storage, Budget) else storage.stored_nbytes
+
+
+def _spacing(stock: Stock) -> float:
+    return stock.write.value / stock.forward.value if stock.forward.value > 0 else 0.0
 
 
 def _provide_all(wanted: deque[Bytes]) -> None:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -498,7 +497,6 @@ class BaseRevolver:
             stuck_seconds=self._stuck_seconds,
         )
         self._run = Run(job, traits, settings, measure=None if costs else job.measure)
-        weakref.finalize(self, self._run.close)
         return self._run
 
     def _begun(self) -> Run:

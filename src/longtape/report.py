@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from longtape.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from longtape.engine.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,10 +213,14 @@ class Report:
     """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
     device: DeviceReport | None = None
     """Where steps ran on a device.  Memory is then the host's, pinned, if anything was copied there."""
+    trace: Trace | None = field(default=None, repr=False, compare=False)
+    """What happened when; neither printed nor written as JSON."""
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self))
+        found = asdict(replace(self, trace=None))
+        del found["trace"]
+        return json.dumps(found)
 
     def append_to(self, path: str | os.PathLike[str]) -> None:
         """Add the report to a file of JSON lines, one line a run; the file is made if it is not there."""

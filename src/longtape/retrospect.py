@@ -133,7 +133,7 @@ class Retrospect:
         return Quantities(
             seconds=self.forward_seconds + self.reverse_seconds,
             peak_memory_bytes=mover.budget.peak,
-            peak_disk_bytes=mover.peak_stored_nbytes if packed is None else packed.peak_stored_nbytes,
+            peak_disk_bytes=mover.storage.peak if packed is None else packed.peak_stored_nbytes,
             bytes_written=written.nbytes if packed is None else packed.bytes_stored,
             bytes_read=fetched.nbytes if packed is None else packed.bytes_fetched,
             steps_recomputed=self.trace.steps_replayed,

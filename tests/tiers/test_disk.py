@@ -271,7 +271,7 @@ def test_strange_block_sizes_are_not_believed(monkeypatch: pytest.MonkeyPatch, t
     with monkeypatch.context() as patch:
         patch.setattr(os, "fstat", Status)
         scratch = open_scratch(tmp_path)
-    os.close(scratch.fd)
+    scratch.file.close()
     assert scratch.block == 4096
     assert "scratch file in" in str(scratch)
 

@@ -8,7 +8,6 @@ reverse pass.  Called with anything else they say what stands in the way.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -227,13 +226,13 @@ class Call:
 
     def tell_report(self, run: Run) -> None:
         if self._hooks.on_report is not None:
-            self._hooks.on_report(run)
+            self._hooks.on_report(run.report)
 
 
 class Pending:
     """A run between its sweeps, as JAX keeps it for the reverse pass: a pytree without leaves.
 
-    Releases the run when JAX drops it.
+    The run releases what it has when JAX drops it.
     """
 
     def __init__(self, call: Call, inputs: list[Any], perturbed: list[bool]) -> None:
@@ -251,7 +250,6 @@ class Pending:
         if self._over:
             return self._call.parts(self._inputs)[2]
         run, job = self._call.begin(self._chunks, self._inputs)
-        weakref.finalize(self, run.close)
         with closed_if_it_fails(run):
             self._call.tell_plan(run)
             run.forward()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import weakref
+from functools import partial
 
 from longtape.actions import Key
 from longtape.errors import DamagedBlock, StorageError, StorageFull, UsageError
@@ -24,6 +24,7 @@ from longtape.tiers import block, linux
 from longtape.tiers.behind import DropBehind
 from longtape.tiers.extents import Extents
 from longtape.tiers.ledger import Entry, Ledger
+from longtape.tiers.openfile import OpenFile
 from longtape.tiers.scratch import Scratch, open_scratch
 from longtape.tiers.whole import WholeFile
 
@@ -68,12 +69,9 @@ class DiskTier:
         scratch = self._scratch = self._open(os.fspath(directory), direct)
         try:
             self._set_up(scratch)
-        except BaseException:  # an interrupt, or no memory: nobody else knows the file
-            os.close(scratch.fd)
+        except BaseException:
+            scratch.file.close()
             raise
-        # A tier that nobody has closed, and nobody refers to: its file takes room on the disk.
-        self._closing = weakref.finalize(self, os.close, scratch.fd)
-        self._closing.atexit = False
 
     def _open(self, directory: str, direct: bool | None) -> Scratch:
         return open_scratch(directory, direct=direct)
@@ -83,7 +81,7 @@ class DiskTier:
             scratch.fd, block=scratch.block, memory_alignment=scratch.memory_alignment, direct=scratch.direct
         )
         self._behind = None if scratch.direct or scratch.in_memory else DropBehind(scratch.fd)
-        self._ledger = Ledger(str(scratch), self._close_file)
+        self._ledger = Ledger(str(scratch), partial(_close, scratch.file))
         self._extents = Extents()
         # Memory is not to be taken before it is needed.
         self._growth = 0 if scratch.in_memory else LARGEST_GROWTH_NBYTES
@@ -290,6 +288,7 @@ class DiskTier:
     def _give_back(self, entry: Entry) -> None:
         self._extents.give_back(entry.offset, self._file.size_of(entry.nbytes))
 
-    def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed all the same, and nobody waits for what was in it
-            self._closing()
+
+def _close(file: OpenFile) -> None:
+    with contextlib.suppress(OSError):  # it is closed all the same, and nobody waits for what was in it
+        file.close()

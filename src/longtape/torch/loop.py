@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from longtape.compose import Hooks, Run, Settings, refuse_lossy_verification
+from longtape.compose import Hooks, Settings, refuse_lossy_verification
 from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
+from longtape.report import Report
+from longtape.sizes import whole_number
 from longtape.torch.inputs import NoInputs
 from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
@@ -33,7 +35,7 @@ def while_loop(
     observers: Sequence[Observer] = (),
     tier: Tier | None = None,
     on_plan: Callable[[Choice], None] | None = None,
-    on_report: Callable[[Run], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     capture: bool | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
@@ -61,7 +63,7 @@ def while_loop(
         observers: Objects with `on_action` and `on_transfer`.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         on_plan: Called with the chosen plan before the forward sweep.
-        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        on_report: Called with the report of each reverse sweep; its `trace` tells what happened when.
         capture: As in `scan`; None captures the step unless `max_steps` is less than 256.
         verify: As in `scan`: compare states that are computed again, or fetched, with what they were.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
@@ -83,8 +85,11 @@ def while_loop(
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+    if max_steps is not None:
+        most = whole_number(max_steps)
+        if most is None or most < 0:
+            raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+        max_steps = most
     if verify:
         refuse_lossy_verification(compress)
     ends = _Ends(cond, carry, max_steps)

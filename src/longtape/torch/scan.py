@@ -7,7 +7,6 @@ Owns the contract with the user and with autograd.  The sweeps are a run
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, f
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Device, Observer, Tier
+from longtape.report import Report
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
@@ -69,7 +69,7 @@ def scan(
     observers: Sequence[Observer] = (),
     tier: Tier | None = None,
     on_plan: Callable[[Choice], None] | None = None,
-    on_report: Callable[[Run], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     capture: bool | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
@@ -108,7 +108,7 @@ def scan(
         observers: Objects with `on_action` and `on_transfer`.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         on_plan: Called with the chosen plan before the forward sweep.
-        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        on_report: Called with the report of each reverse sweep; its `trace` tells what happened when.
         capture: Turn the step into explicit forward and backward graphs, so that residuals can be
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
@@ -507,16 +507,16 @@ class Call:
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
         if self._hooks.on_report is not None:
-            self._hooks.on_report(pending.run)
+            self._hooks.on_report(pending.run.report)
         return [*init_bar, *xs_bar, *closed_bar]
 
 
+@dataclass(frozen=True, slots=True)
 class _Pending:
-    """A run between its sweeps; releases it when the graph that waits for it is dropped."""
+    """A run between its sweeps; it releases what it has when the graph that waits for it is dropped."""
 
-    def __init__(self, run: Run, job: ScanJob) -> None:
-        self.run, self.job = run, job
-        weakref.finalize(self, run.close)
+    run: Run
+    job: ScanJob
 
 
 class _Scan(torch.autograd.Function):
