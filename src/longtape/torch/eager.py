@@ -187,10 +187,10 @@ class EagerStep:
         """Drop what was accumulated."""
         self._gradients, self._owned = {}, set()
 
-    def try_step(self, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
-        """Results of step 0, run before, and the cotangents of carry and x for cotangents of one."""
+    def try_step(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
+        """Results of a step, run before, and the cotangents of carry and x for cotangents of one."""
         self.begin_reverse(self.closed_over())
-        _, tape = self.tape(0, carry, x)
+        _, tape = self.tape(index, carry, x)
         ones = ones_like(tape.carry_out + tape.y_out)
         bars = self.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
         return tape.carry_out, tape.y_out, *bars
