@@ -26,6 +26,7 @@ from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
+from longtape.torch.memory import held_by
 from longtape.torch.places import Form, HostPlace, Place
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
@@ -538,8 +539,7 @@ class ScanJob:
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(held_by(tensor))
             return tensor
 
         try:
@@ -554,12 +554,10 @@ class ScanJob:
         # A tape holds what its step was given and returned even where nothing of it is saved; the carry that it was
         # given is the one that the tape before it returned.
         for tensor in [*tape.x_in, *tape.carry_out, *tape.y_out]:
-            if tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(held_by(tensor))
         for tensor in [*step.closed_over(), *self.inputs.stacked, *tape.carry_in]:
-            if tensor.layout is torch.strided:
-                saved.pop(tensor.untyped_storage().data_ptr(), None)
+            for start in held_by(tensor):
+                saved.pop(start, None)
         self.tape_nbytes = sum(saved.values())
         return tape
 
