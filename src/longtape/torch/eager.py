@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from longtape.errors import StepError
 from longtape.torch.closures import Closures, Created
+from longtape.torch.compiling import uncompiled
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure, flatten
 
@@ -149,7 +150,7 @@ class EagerStep:
                 carry, y = self._call(index, carry, x)
         else:
             watched.begin(index, carry, x)
-            with torch.no_grad(), self._ambient(), watched:
+            with torch.no_grad(), self._ambient(), uncompiled(), watched:
                 carry, y = self._call(index, carry, x)
             watched.end(carry, y)
         return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
@@ -187,10 +188,10 @@ class EagerStep:
         """Drop what was accumulated."""
         self._gradients, self._owned = {}, set()
 
-    def try_step(self, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
-        """Results of step 0, run before, and the cotangents of carry and x for cotangents of one."""
+    def try_step(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
+        """Results of a step, run before, and the cotangents of carry and x for cotangents of one."""
         self.begin_reverse(self.closed_over())
-        _, tape = self.tape(0, carry, x)
+        _, tape = self.tape(index, carry, x)
         ones = ones_like(tape.carry_out + tape.y_out)
         bars = self.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
         return tape.carry_out, tape.y_out, *bars
@@ -212,8 +213,8 @@ class EagerStep:
             stack.enter_context(self._ambient())
             carry_in = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
             x_in = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
-            if self.closures is not None and self.closures.some_died:
-                made = stack.enter_context(Created()).made
+            if self.closures is not None and (self.closures.some_died or self.closures.generators.used):
+                made = stack.enter_context(Created(index)).made
             if self._stand_ins:
                 stack.enter_context(_StandIns(self._stand_ins))
             newest = torch.zeros((), requires_grad=True).clone().grad_fn

@@ -20,11 +20,13 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.within import within
 from longtape.protocols import Bytes, Floats, Slot
+from longtape.torch.agreement import agree, same_bits
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
+from longtape.torch.memory import held_by
 from longtape.torch.places import Form, HostPlace, Place
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
@@ -442,7 +444,7 @@ class ScanJob:
         if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
             first = results()
         for a, b in zip(first, results(), strict=True):
-            if not _same_bits(a, b) and not _agree(a, b):
+            if not same_bits(a, b) and not agree(a, b):
                 raise StepError(
                     "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
                     "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
@@ -537,8 +539,7 @@ class ScanJob:
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(held_by(tensor))
             return tensor
 
         try:
@@ -553,12 +554,10 @@ class ScanJob:
         # A tape holds what its step was given and returned even where nothing of it is saved; the carry that it was
         # given is the one that the tape before it returned.
         for tensor in [*tape.x_in, *tape.carry_out, *tape.y_out]:
-            if tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(held_by(tensor))
         for tensor in [*step.closed_over(), *self.inputs.stacked, *tape.carry_in]:
-            if tensor.layout is torch.strided:
-                saved.pop(tensor.untyped_storage().data_ptr(), None)
+            for start in held_by(tensor):
+                saved.pop(start, None)
         self.tape_nbytes = sum(saved.values())
         return tape
 
@@ -641,53 +640,3 @@ def _typical(timed: Callable[[], float]) -> float:
     while sum(seconds) < 0.02 and len(seconds) < 50:
         seconds.append(timed())
     return median(seconds)
-
-
-def disagreement(captured: ScanJob, eager: ScanJob) -> tuple[str | None, str | None]:
-    """Why captured graphs cannot stand for the step, and what differs by rounding only: both run step 0, both ways.
-
-    Bits may differ where the step computes in place on part of a tensor: operators round
-    otherwise on rows than on contiguous memory, and a graph has no memory to compute in.
-    """
-    ours, theirs = _first_step(captured), _first_step(eager)
-    if ours.keys() != theirs.keys():
-        return "on step 0, they close over other tensors than the step run as it is", None
-    differ = [name for name in ours if not _same_bits(ours[name], theirs[name])]
-    wrong = [name for name in differ if not _agree(ours[name], theirs[name])]
-    if wrong:
-        return f"on step 0, {wrong[0][0]} differs from that of the step run as it is", None
-    return None, f"on step 0, {differ[0][0]} differs from that of the step run as it is" if differ else None
-
-
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return all(part is None or not part.any() for part in (a, b))
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return False  # the one that is there is not zero
-    if not differentiable(a):
-        return False
-    tolerance = 3.0 * torch.finfo(a.dtype).eps ** 0.5
-    size = float(torch.nan_to_num(b.detach()).abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
-
-
-def _first_step(job: ScanJob) -> dict[tuple[str, int], torch.Tensor | None]:
-    """Results of step 0, its cotangents for cotangents of one, and the gradients of closed-over tensors."""
-    job.load_initial()
-    if isinstance(job.stepper, EagerStep):
-        job.stepper.advance(0, job.carry, job.inputs.leaves(0))  # which finds what it closes over
-        job.load_initial()
-    carry, y, carry_bar, x_bar = job.stepper.try_step(job.carry, job.inputs.leaves(0))
-    job.load_initial()
-    parts: dict[str, Sequence[torch.Tensor | None]] = {"a leaf of the carry": carry, "a leaf of y": y}
-    parts |= {"the gradient of a carry leaf": carry_bar, "the gradient of an x leaf": x_bar}
-    named: dict[tuple[str, int], torch.Tensor | None]
-    named = {(name, k): leaf for name, leaves in parts.items() for k, leaf in enumerate(leaves)}
-    for tensor, bar in zip(job.stepper.closed_over(), job.stepper.gradients(), strict=True):
-        named["the gradient of a closed-over tensor", id(tensor)] = bar
-    job.stepper.forget()
-    return named

@@ -39,7 +39,7 @@ from longtape.torch.durable import DurableScan, bytes_of
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
-from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob
 from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
@@ -308,13 +308,24 @@ class Call:
         wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
         place = self._where.place()
         stepper: EagerStep | CapturedSteps
+
+        def as_it_is() -> EagerStep:
+            return EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
+
         if capture:
-            room = place.room
             stepper = CapturedSteps(
-                self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles, room=room
+                self._step,
+                self.inputs,
+                self._carry,
+                self.init,
+                wants,
+                as_it_is=as_it_is,
+                exactly=self.exactly,
+                compiled=self.compiles,
+                room=place.room,
             )
         else:
-            stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
+            stepper = as_it_is()
         given = (stepper, self.init, self.inputs, self.steps, self._randomness)
         if self.names is None:
             job = ScanJob(*given, ends=self.ends, place=place)
@@ -407,7 +418,8 @@ class Call:
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
             costs = job.measure()
-            self._check_capture(job)
+            if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
+                self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
             self._randomness.note()
             job.load_initial()
             layout = job.layout()
@@ -466,16 +478,6 @@ class Call:
         front = {"captures": captures, "random": self._randomness.used}
         start = self._randomness.at_start.numpy().tobytes()
         return Resumable(home, DurableScan(job), fingerprint, front, start, self.durable.seconds)
-
-    def _check_capture(self, job: ScanJob) -> None:
-        """Hold the captured graphs against the step itself, on step 0."""
-        if isinstance(job.stepper, CapturedSteps) and not job.stepper.checked:
-            self._randomness.note()
-            job.stepper.settle(*disagreement(job, self._new_job()))
-        if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
-            if self.exactly:
-                raise CaptureFailed(f"{job.stepper.rounding} in the last bits; capture=True accepts that")
-            self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
 
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
