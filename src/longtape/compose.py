@@ -35,6 +35,7 @@ from longtape.plan.predict import horizon
 from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
+from longtape.processes import require_independent
 from longtape.protocols import Bytes, Job, Observer, Tier
 from longtape.report import Quantities, Report
 from longtape.retrospect import Retrospect
@@ -121,6 +122,8 @@ class Settings:
     """Make the run durable, and go on with one that was stopped; its files take the place of `disk`."""
     schedule: Any = None
     """A `checkpoint_schedules.CheckpointSchedule` to follow; None: the quickest plan is chosen."""
+    independent: bool = False
+    """The ranks are independent: no step communicates.  See `processes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +158,7 @@ class Run:
         *,
         measure: Callable[[], JobCosts] | None = None,
     ) -> None:
+        require_independent(settings.independent)
         self._job, self._traits = job, traits
         self._settings = settings
         self._clock = time.perf_counter

@@ -42,6 +42,7 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
+from longtape.processes import require_independent
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
 
@@ -473,6 +474,9 @@ class Sweep:
         costs: Times to plan with, such as `costs` of an earlier sweep through the same
             operators; measured when None, without touching the operators' arrays.
 
+        independent: The ranks are independent: no operator exchanges halos.  Without it, a run beside other ranks
+            of MPI, or with Devito's MPI on, is refused.
+
     Raises:
         BudgetError: `memory` cannot hold one state.
         UsageError: Operators or wavefields that do not fit together, and any other
@@ -502,7 +506,9 @@ class Sweep:
         tier: Tier | None = None,
         costs: Costs | None = None,
         stuck_seconds: float = 30.0,
+        independent: bool = False,
     ) -> None:
+        require_independent(independent)
         if not wavefields:
             raise UsageError("give the TimeFunctions that the forward operator updates as wavefields")
         own = {function.name: function for function in wavefields}
@@ -537,6 +543,7 @@ class Sweep:
             tier=tier,
             costs=costs,
             stuck_seconds=stuck_seconds,
+            independent=independent,
         )
         self._run = Run(self._job, traits, settings, measure=None if costs is not None else self._job.measure)
 

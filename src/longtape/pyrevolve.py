@@ -40,6 +40,7 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
+from longtape.processes import require_independent
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
 from longtape.witness import Witness
@@ -435,14 +436,16 @@ class BaseRevolver:
         observers: Iterable[Observer] = (),
         tier: Tier | None = None,
         costs: Costs | None = None,
+        independent: bool = False,
     ) -> None:
+        require_independent(independent)
         self.checkpoint, self.fwd_operator, self.rev_operator = checkpoint, fwd_operator, rev_operator
         self.n_timesteps = _count(n_timesteps, "n_timesteps")
         self.n_checkpoints = n_checkpoints
         self.timings = timings
         self.profiler = Profiler() if profiler is None else profiler
         self._allowance, self._tier, self._costs = allowance, tier, costs
-        self._verify, self._stuck_seconds = verify, stuck_seconds
+        self._verify, self._stuck_seconds, self._independent = verify, stuck_seconds, independent
         self._max_reverse = _count(max_reverse, "max_reverse")
         watched = [self.profiler] if hasattr(self.profiler, "on_action") else []
         self._observers: list[Observer] = [*watched, *observers]
@@ -496,6 +499,7 @@ class BaseRevolver:
             tier=self._tier,
             costs=costs,
             stuck_seconds=self._stuck_seconds,
+            independent=self._independent,
         )
         self._run = Run(job, traits, settings, measure=None if costs else job.measure)
         weakref.finalize(self, self._run.close)
@@ -558,6 +562,8 @@ class SingleLevelRevolver(BaseRevolver):
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with; measured on the first steps when None.
+        independent: The ranks are independent: no operator communicates.  Without it, a run beside other ranks is
+            refused.
 
     Raises:
         UsageError: An argument that cannot be honoured.

@@ -26,6 +26,7 @@ from longtape.jax.chunks import Chunks
 from longtape.jax.durable import DurableLoop, of_arrays, of_program
 from longtape.jax.job import LoopJob, VerifiedLoopJob
 from longtape.jax.traced import Traced
+from longtape.processes import require_independent
 from longtape.sizes import parse_bytes
 
 CHUNK_SHARE = 8
@@ -162,6 +163,7 @@ class Call:
 
     def begin(self, chunks: Chunks, inputs: list[Any]) -> tuple[Run, LoopJob]:
         """Measure and plan; the run is ready for its forward sweep."""
+        require_independent(self._settings.independent)
         home = None if self._durable is None else Home(self._durable.directory, self._durable.name)
         try:
             return self._begin_in(home, chunks, inputs)

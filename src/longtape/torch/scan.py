@@ -29,6 +29,7 @@ from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
+from longtape.processes import require_independent
 from longtape.protocols import Device, Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
@@ -78,6 +79,7 @@ def scan(
     resume: str | os.PathLike[str] | None = None,
     resume_seconds: float = DEFAULT_SECONDS,
     name: str = "scan",
+    independent: bool = False,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -131,6 +133,8 @@ def scan(
             nothing is made durable.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
+        independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
+            `torch.distributed` or JAX is refused.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
@@ -165,6 +169,7 @@ def scan(
         tier=tier,
         compress=compress,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     where = Where.of(init_leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report), where)
@@ -291,6 +296,7 @@ class Call:
             job = self._new_job()
             if self._finds_none(job):
                 return self._results(job, job.carry, job.outputs.leaves or [])
+        require_independent(self._settings.independent)
         self.inputs.check_repeatable()
         self.pending = self._forward()
         job = self.pending.job
