@@ -173,7 +173,7 @@ class Run:
         self._report: Report | None = None
         self._codec = None if settings.compress is None else parse_codec(settings.compress)
         self._compressed: CompressedTier | None = None
-        self._codec_nbytes = 0
+        self._codec_nbytes, self._stored_fraction = 0, 1.0
         self._codec_notes: tuple[str, ...] = ()
         self._accelerator = traits.accelerator
         self._limits = None if traits.accelerator is None else traits.accelerator.limits
@@ -281,7 +281,7 @@ class Run:
             why = f" ({_seen(speed)})" if stated is None else ""
             self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would save no time{why}",)
             return
-        self.costs, self.choice = through, found
+        self.costs, self.choice, self._stored_fraction = through, found, speed.stored_fraction
         self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
         self._compressed = CompressedTier(self._tier, self._codec, self._floats())
         assert self._workers is not None
@@ -447,12 +447,16 @@ class Run:
             device=self._limits,
         )
 
+    def _disk_limit(self) -> int | None:
+        """Most bytes on storage: the stated limit, and what is free there."""
+        stated = self._settings.disk_limit
+        limits = (None if stated is None else parse_bytes(stated), getattr(self._tier, "limit", None))
+        return min((nbytes for nbytes in limits if nbytes is not None), default=None)
+
     def _room_on_disk(self) -> int | None:
-        """The stated limit, less what the headers of snapshots take of it."""
-        if self._settings.disk_limit is None:
-            return None
-        limit, state = parse_bytes(self._settings.disk_limit), self._item_nbytes(self._traits.state_nbytes)
-        return limit // self._stored_nbytes(state) * state
+        """That limit, less what the headers of snapshots take of it."""
+        limit, state = self._disk_limit(), self._item_nbytes(self._traits.state_nbytes)
+        return None if limit is None else limit // self._stored_nbytes(state) * state
 
     def _stored_nbytes(self, nbytes: int) -> int:
         """What an item of so many bytes takes on storage."""
@@ -566,8 +570,9 @@ class Run:
             stock.item_nbytes = {
                 k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))
             }
-            if self._settings.disk_limit is not None:
-                stock.storage_limit = parse_bytes(self._settings.disk_limit)
+            limit = self._disk_limit()
+            if limit is not None:
+                stock.storage_limit = limit / max(self._stored_fraction, 1e-9)  # the tier counts what is stored
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
             stock.block_write.add(costs.write_seconds(block))
@@ -892,6 +897,14 @@ def _seen(speed: CodecSpeed) -> str:
     return f"an item of this job became {times:.2f} times smaller, at {rates[0]} out and {rates[1]} back{slow}"
 
 
+def _on_disk(choice: Choice) -> str:
+    """What is written over the whole run, which wears the drive, and what of it is there at once."""
+    prediction, most = choice.prediction, choice.disk_nbytes
+    allowed = "" if most is None else f" of the {format_bytes(most)} there is room for"
+    written, held = format_bytes(prediction.bytes_written), format_bytes(prediction.peak_disk_bytes)
+    return f"{written} written to disk in all and {held} at once{allowed}"
+
+
 def describe(choice: Choice) -> str:
     """The plan in one line, for people."""
     parts = [f"{choice.schedule}: {choice.slots:,} snapshots {'on the device' if choice.on_device else 'in memory'}"]
@@ -901,6 +914,8 @@ def describe(choice: Choice) -> str:
         parts.append(f"{choice.prediction.writes:,} stored on disk")
     if choice.schedule == "asynchronous":
         parts.append(f"one stored every {choice.spacing:.1f} steps")
+    if choice.prediction.writes:
+        parts.append(_on_disk(choice))
     if choice.dense:
         parts.append(f"every state of the last {choice.dense:,} steps kept")
     if choice.record_fraction:
