@@ -307,7 +307,10 @@ def _table(foresight: Foresight, outcome: Outcome | None) -> str:
         ("time", f"{format_seconds(figures['time_seconds'])}, {figures['overhead']:.2f} times the ideal"),
         ("peak memory", format_bytes(figures["peak_memory_bytes"])),
         ("peak disk", format_bytes(figures["peak_disk_bytes"]) + _of_room(foresight.choice)),
-        ("moved", f"{format_bytes(figures['bytes_written'])} written in all, {format_bytes(figures['bytes_read'])} read"),
+        (
+            "moved",
+            f"{format_bytes(figures['bytes_written'])} written in all, {format_bytes(figures['bytes_read'])} read",
+        ),
         ("steps run", f"{figures['advances']:,} plainly"),
         ("waiting", format_seconds(figures["stall_seconds"])),
     ]

@@ -47,6 +47,7 @@ from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.lent import LentTier
 from longtape.tiers.pool import SlotPool
+from longtape.timing import copying
 
 ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
@@ -242,6 +243,8 @@ class Run:
         """Measure, and choose a plan; the codec is used where the plan gains by it."""
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
+        if job.busy is None and self._tier is not None:
+            job = replace(job, busy=copying(self._traits.state_nbytes))
         costs = stated or self._measure(job)
         if stated is None and self._accelerator is not None:
             costs = self._accelerator.with_link(costs, self._item_nbytes(self._traits.state_nbytes))
@@ -465,7 +468,7 @@ class Run:
 
     def _measure(self, job: JobCosts) -> Costs:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
-        if self._tier is None or self._workers is None:
+        if self._tier is None or self._workers is None or self._keeps_every_state():
             return without
         sizes = [self._item_nbytes(self._traits.state_nbytes)]
         if self._traits.residual_nbytes:
@@ -497,6 +500,13 @@ class Run:
             handling_per_byte=speed.handling_per_byte,
             save=0.0 if self._traits.working_slots else speed.copy_per_byte * sizes[0],
         )
+
+    def _keeps_every_state(self) -> bool:
+        """Whether memory holds whatever storage could, so that no time of it changes the plan."""
+        traits = self._traits
+        if traits.steps is None or traits.residual_nbytes or self._keeper is not None or self._transcript is not None:
+            return False
+        return self._limits is None and traits.steps * self._item_nbytes(traits.state_nbytes) <= self.memory_nbytes
 
     def _block_nbytes(self, choice: Choice) -> int:
         return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)

@@ -24,8 +24,9 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,6 +46,7 @@ from longtape.plan.costs import Costs
 from longtape.processes import require_independent
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
+from longtape.timing import MOST_BUSY_SECONDS, TIMES, least_seconds
 
 __all__ = ["Sweep"]
 
@@ -416,8 +418,8 @@ class _OperatorsJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self) -> JobCosts:
-        """Time a stride forward and in reverse, on copies: nothing is seen of it."""
+    def measure(self, times: int = TIMES) -> JobCosts:
+        """Time a stride forward and in reverse, so many times, on copies: nothing is seen of it."""
         first, last, clock = self._first(0), self._last(0), time.perf_counter
         forward, reverse = self._forward.with_copies(), self._reverse.with_copies()
         levels = [level for field in self._read for level in field.at(first)]
@@ -427,27 +429,26 @@ class _OperatorsJob:
             for target, level in zip(spare, levels, strict=True):
                 np.copyto(target, level)
 
-        def seconds(kernel: _Kernel, values: list[Any]) -> float:
-            kernel.run(first, last, values)  # what is used for the first time is slow
-            times = []
-            for _ in range(3):
+        def seconds(run: Callable[[], None]) -> float:
+            def timed() -> float:
                 began = clock()
-                kernel.run(first, last, values)
-                times.append(clock() - began)
-            return min(times)
+                run()
+                return clock() - began
 
-        ahead, back = seconds(self._forward, forward), seconds(self._reverse, reverse)
-        copy()
-        began = clock()
-        copy()
-        copied = clock() - began
+            return least_seconds(timed, times)
+
+        def step() -> None:
+            self._forward.run(first, last, forward)
+
+        ahead, back = seconds(step), seconds(lambda: self._reverse.run(first, last, reverse))
+        copied = seconds(copy)
         again = max(0, self._window.ready(last) - first + 1) / (last - first + 1)
         return JobCosts(
             forward=ahead,
             reverse=back + again * ahead,
             record=ahead + copied,
             pull_back=back,
-            busy=lambda: self._forward.run(first, last, forward),
+            busy=step if ahead <= MOST_BUSY_SECONDS else None,
         )
 
 
@@ -545,7 +546,9 @@ class Sweep:
             stuck_seconds=stuck_seconds,
             independent=independent,
         )
-        self._run = Run(self._job, traits, settings, measure=None if costs is not None else self._job.measure)
+        # Without storage the plan is the same for all times.
+        measure = partial(self._job.measure, 1 if disk is None and tier is None else TIMES)
+        self._run = Run(self._job, traits, settings, measure=None if costs is not None else measure)
 
     @property
     def plan(self) -> Choice:

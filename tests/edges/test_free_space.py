@@ -122,7 +122,7 @@ def test_what_a_resumed_run_has_is_not_asked_for_again(tmp_path: Path, free: Cal
     first = Sweep(model, STEPS, memory=6 * nbytes(), resume=where, resume_seconds=1e-3)
     first.forward()
     first.close()
-    kept = list(where.glob("*-data"))[0].stat().st_blocks * 512
+    kept = next(iter(where.glob("*-data"))).stat().st_blocks * 512
     free(0, of=kept)
     model = Chaotic(SIZE)
     with Sweep(model, STEPS, memory=6 * nbytes(), resume=where) as sweep:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from longtape.compose import (
+    ALIGNMENT,
     Hooks,
     Run,
     Settings,
@@ -412,7 +413,7 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
-            costs = job.measure()
+            costs = job.measure(once=not self._times_matter(job))
             self._check_capture(job)
             self._randomness.note()
             job.load_initial()
@@ -451,6 +452,13 @@ class Call:
                     self._hooks.on_plan(run.choice)
                 run.forward()
         return pending
+
+    def _times_matter(self, job: ScanJob) -> bool:
+        """Whether the plan depends on times: not without storage, nor where memory holds every state."""
+        state = aligned(job.layout().nbytes, ALIGNMENT)
+        fits = self.steps is not None and self.steps * state <= self._where.memory_nbytes
+        has_storage = self._where.has_storage and not (fits and isinstance(job.stepper, EagerStep))
+        return has_storage or self.durable is not None or isinstance(job.place, Linked)
 
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
