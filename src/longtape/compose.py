@@ -59,6 +59,9 @@ CODEC_ITEMS = 3
 LEAST_CODEC_GAIN = 0.01
 """Share of the time that a codec must be predicted to save before it is used."""
 
+MOST_SMALL_NBYTES = 1 << 20
+"""Of two sizes whose transfers are timed, the smaller one has no more than this, nor than a quarter of the other."""
+
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
 
@@ -470,9 +473,12 @@ class Run:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
         if self._tier is None or self._workers is None or self._keeps_every_state():
             return without
-        sizes = [self._item_nbytes(self._traits.state_nbytes)]
+        state = self._item_nbytes(self._traits.state_nbytes)
+        sizes = [state]
         if self._traits.residual_nbytes:
-            sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
+            large = max(state, min(4 << 20, self.memory_nbytes // 4))
+            # Of two sizes that are close to each other, noise would tell latency from bandwidth.
+            sizes = [max(1, min(state, MOST_SMALL_NBYTES, large // 4)), large]
         try:
             stuck_seconds = self._settings.stuck_seconds
             measure = partial(
@@ -498,7 +504,7 @@ class Run:
             read_latency=speed.read_latency,
             handling=speed.handling,
             handling_per_byte=speed.handling_per_byte,
-            save=0.0 if self._traits.working_slots else speed.copy_per_byte * sizes[0],
+            save=0.0 if self._traits.working_slots else speed.copy_per_byte * state,
         )
 
     def _keeps_every_state(self) -> bool:

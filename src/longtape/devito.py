@@ -46,7 +46,7 @@ from longtape.plan.costs import Costs
 from longtape.processes import require_independent
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
-from longtape.timing import MOST_BUSY_SECONDS, TIMES, least_seconds
+from longtape.timing import MOST_BUSY_SECONDS, TIMES, least_seconds, step_seconds
 
 __all__ = ["Sweep"]
 
@@ -429,19 +429,19 @@ class _OperatorsJob:
             for target, level in zip(spare, levels, strict=True):
                 np.copyto(target, level)
 
-        def seconds(run: Callable[[], None]) -> float:
-            def timed() -> float:
-                began = clock()
-                run()
-                return clock() - began
-
-            return least_seconds(timed, times)
+        def timed(run: Callable[[], None]) -> float:
+            began = clock()
+            run()
+            return clock() - began
 
         def step() -> None:
             self._forward.run(first, last, forward)
 
-        ahead, back = seconds(step), seconds(lambda: self._reverse.run(first, last, reverse))
-        copied = seconds(copy)
+        def adjoint() -> None:
+            self._reverse.run(first, last, reverse)
+
+        ahead, times = step_seconds(partial(timed, step), times)
+        back, copied = least_seconds(partial(timed, adjoint), times), least_seconds(partial(timed, copy), TIMES)
         again = max(0, self._window.ready(last) - first + 1) / (last - first + 1)
         return JobCosts(
             forward=ahead,

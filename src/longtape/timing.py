@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 
 ONCE_SECONDS = 1.0
-"""What takes longer than this is timed once."""
+"""A step that takes longer than this is timed once."""
 
 TIMES = 3
 
@@ -25,19 +25,22 @@ MOST_BUSY_SECONDS = 0.1
 _COPIED_NBYTES = 4 << 20
 
 
-def least_seconds(timed: Callable[[], float], times: int = TIMES) -> float:
-    """The least of a few timings: what comes between, or is done for the first time, only makes one longer.
+def least_seconds(timed: Callable[[], float], times: int) -> float:
+    """The least of so many timings: what comes between, or is done for the first time, only makes one longer."""
+    return min(timed() for _ in range(times))
+
+
+def step_seconds(timed: Callable[[], float], times: int) -> tuple[float, int]:
+    """The seconds of a step, and how often to time what else is done with it: once, if it is long.
 
     Args:
-        timed: Does it once; returns the seconds that it took.
-        times: How often, unless it takes more than `ONCE_SECONDS`.
+        timed: Runs it; returns the seconds that it took.
+        times: How often, if it is not long.
     """
-    least = timed()
-    for _ in range(times - 1):
-        if least > ONCE_SECONDS:
-            break
-        least = min(least, timed())
-    return least
+    first = timed()
+    if first > ONCE_SECONDS or times == 1:
+        return first, 1
+    return min(first, least_seconds(timed, times - 1)), times
 
 
 def count_together(seconds: float, most: int) -> int:

@@ -23,7 +23,7 @@ from longtape.jax.leaving import WayOut, pinned_beside
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Slot
-from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES, count_together, least_seconds
+from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES, count_together, least_seconds, step_seconds
 from longtape.witness import Witness
 
 
@@ -324,7 +324,7 @@ class LoopJob:
             return least_seconds(run, times) / reached
 
         chunks.advance, chunks.record, chunks.pull_back  # noqa: B018  (compiled, before anything is timed)
-        forward = least_seconds(advance, min(2, times))
+        forward, times = step_seconds(advance, times)
         if forward <= ONCE_SECONDS:
             count = count_together(forward, most)
             forward = timed(advance)

@@ -20,7 +20,7 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.within import within
 from longtape.protocols import Bytes, Floats, Slot
-from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES, count_together, least_seconds
+from longtape.timing import MOST_BUSY_SECONDS, TIMES, count_together, least_seconds, step_seconds
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
@@ -46,7 +46,7 @@ TIMED_NBYTES = 8 << 20
 """How many captured steps are timed together, and the most room that takes."""
 
 EAGER_TIMES = 2
-"""How often a step is run plainly to be timed; it is taped `TIMES` times, which takes longer."""
+"""How often an eager step is run to be timed, and how often taped."""
 
 
 class Randomness:
@@ -414,8 +414,8 @@ class ScanJob:
         if isinstance(self.stepper, EagerStep):
             self._check_repeatable(self.stepper)
             forward, reverse = partial(self._plainly, 1), self._taping(self.stepper)
-            times = (1, 1) if once else (EAGER_TIMES, TIMES)
-            costs = JobCosts(forward=least_seconds(forward, times[0]), reverse=least_seconds(reverse, times[1]))
+            seconds, times = step_seconds(forward, 1 if once else EAGER_TIMES)
+            costs = JobCosts(forward=seconds, reverse=least_seconds(reverse, times))
         else:
             costs = self._time_captured(self.stepper, 1 if once else TIMES)
         self.load_initial()
@@ -510,10 +510,10 @@ class ScanJob:
             pulled.append((clock() - turned) / count)
             return turned - began
 
-        forward = self._plainly(1)
-        if forward <= ONCE_SECONDS and times > 1:
+        forward, times = step_seconds(partial(self._plainly, 1), times)
+        if times > 1:
             most = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
-            count = count_together(least_seconds(partial(self._plainly, 1), times), most)
+            count = count_together(forward, most)
             forward = least_seconds(partial(self._plainly, count), times) / count
         block = steps.spare_block(count)
         recorded = least_seconds(record, times) / count

@@ -93,7 +93,9 @@ def scan(
             same arguments, so it must depend on nothing else that changes; random numbers
             of PyTorch's default generators and autocast are replayed.  It may update its
             carry in place, but neither its x nor what it closes over (such as running
-            statistics), and must keep nothing that it computes but in the carry.
+            statistics), and must keep nothing that it computes but in the carry.  Before the
+            sweep step 0 is run a few times to time it, six at most; once each way where that takes
+            more than a second, or no plan depends on it.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
