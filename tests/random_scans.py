@@ -100,7 +100,7 @@ def attempt(chance: random.Random, seen: Counter[str] | None = None) -> None:
     reports: list[Any] = []
     with ExitStack() as stack:
         stack.enter_context(mock.patch("longtape.compose.choose", planner))
-        stack.enter_context(mock.patch("longtape.torch.job._typical", lambda timed: timed()))
+        stack.enter_context(mock.patch("longtape.torch.job.least_seconds", lambda timed, times: timed()))
         stack.enter_context(mock.patch("longtape.engine.meter.MOST_AHEAD", chance.choice((1, 2, 8))))
         if planner is not choose:  # as few buffers as there may be
             stack.enter_context(mock.patch("longtape.torch.linked.STAGING", chance.choice((2, 3, 4))))

@@ -36,6 +36,7 @@ from longtape.plan.predict import horizon
 from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
+from longtape.processes import require_independent
 from longtape.protocols import Bytes, Job, Observer, Tier
 from longtape.report import Quantities, Report
 from longtape.retrospect import Retrospect
@@ -47,6 +48,7 @@ from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.lent import LentTier
 from longtape.tiers.pool import SlotPool
+from longtape.timing import copying
 
 ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
@@ -57,6 +59,9 @@ CODEC_ITEMS = 3
 
 LEAST_CODEC_GAIN = 0.01
 """Share of the time that a codec must be predicted to save before it is used."""
+
+MOST_SMALL_NBYTES = 1 << 20
+"""Of two sizes whose transfers are timed, the smaller one has no more than this, nor than a quarter of the other."""
 
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
@@ -122,6 +127,8 @@ class Settings:
     """Make the run durable, and go on with one that was stopped; its files take the place of `disk`."""
     schedule: Any = None
     """A `checkpoint_schedules.CheckpointSchedule` to follow; None: the quickest plan is chosen."""
+    independent: bool = False
+    """The ranks are independent: no step communicates.  See `processes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,7 @@ class Run:
         *,
         measure: Callable[[], JobCosts] | None = None,
     ) -> None:
+        require_independent(settings.independent)
         self._job, self._traits = job, traits
         self._settings = settings
         self._clock = time.perf_counter
@@ -170,7 +178,7 @@ class Run:
         self._report: Report | None = None
         self._codec = None if settings.compress is None else parse_codec(settings.compress)
         self._compressed: CompressedTier | None = None
-        self._codec_nbytes = 0
+        self._codec_nbytes, self._stored_fraction = 0, 1.0
         self._codec_notes: tuple[str, ...] = ()
         self._accelerator = traits.accelerator
         self._limits = None if traits.accelerator is None else traits.accelerator.limits
@@ -244,6 +252,8 @@ class Run:
         """Measure, and choose a plan; the codec is used where the plan gains by it."""
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
+        if job.busy is None and self._tier is not None:
+            job = replace(job, busy=copying(self._traits.state_nbytes))
         costs = stated or self._measure(job)
         if stated is None and self._accelerator is not None:
             costs = self._accelerator.with_link(costs, self._item_nbytes(self._traits.state_nbytes))
@@ -283,7 +293,7 @@ class Run:
             why = f" ({_seen(speed)})" if stated is None else ""
             self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would save no time{why}",)
             return
-        self.costs, self.choice = through, found
+        self.costs, self.choice, self._stored_fraction = through, found, speed.stored_fraction
         self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
         self._compressed = CompressedTier(self._tier, self._codec, self._floats())
         assert self._workers is not None
@@ -461,12 +471,16 @@ class Run:
             device=self._limits,
         )
 
+    def _disk_limit(self) -> int | None:
+        """Most bytes on storage: the stated limit, and what is free there."""
+        stated = self._settings.disk_limit
+        limits = (None if stated is None else parse_bytes(stated), getattr(self._tier, "limit", None))
+        return min((nbytes for nbytes in limits if nbytes is not None), default=None)
+
     def _room_on_disk(self) -> int | None:
-        """The stated limit, less what the headers of snapshots take of it."""
-        if self._settings.disk_limit is None:
-            return None
-        limit, state = parse_bytes(self._settings.disk_limit), self._item_nbytes(self._traits.state_nbytes)
-        return limit // self._stored_nbytes(state) * state
+        """That limit, less what the headers of snapshots take of it."""
+        limit, state = self._disk_limit(), self._item_nbytes(self._traits.state_nbytes)
+        return None if limit is None else limit // self._stored_nbytes(state) * state
 
     def _stored_nbytes(self, nbytes: int) -> int:
         """What an item of so many bytes takes on storage."""
@@ -475,11 +489,14 @@ class Run:
 
     def _measure(self, job: JobCosts) -> Costs:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
-        if self._tier is None or self._workers is None:
+        if self._tier is None or self._workers is None or self._keeps_every_state():
             return without
-        sizes = [self._item_nbytes(self._traits.state_nbytes)]
+        state = self._item_nbytes(self._traits.state_nbytes)
+        sizes = [state]
         if self._traits.residual_nbytes:
-            sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
+            large = max(state, min(4 << 20, self.memory_nbytes // 4))
+            # Of two sizes that are close to each other, noise would tell latency from bandwidth.
+            sizes = [max(1, min(state, MOST_SMALL_NBYTES, large // 4)), large]
         try:
             stuck_seconds = self._settings.stuck_seconds
             measure = partial(
@@ -505,8 +522,15 @@ class Run:
             read_latency=speed.read_latency,
             handling=speed.handling,
             handling_per_byte=speed.handling_per_byte,
-            save=0.0 if self._traits.working_slots else speed.copy_per_byte * sizes[0],
+            save=0.0 if self._traits.working_slots else speed.copy_per_byte * state,
         )
+
+    def _keeps_every_state(self) -> bool:
+        """Whether memory holds whatever storage could, so that no time of it changes the plan."""
+        traits = self._traits
+        if traits.steps is None or traits.residual_nbytes or self._keeper is not None or self._transcript is not None:
+            return False
+        return self._limits is None and traits.steps * self._item_nbytes(traits.state_nbytes) <= self.memory_nbytes
 
     def _block_nbytes(self, choice: Choice) -> int:
         return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)
@@ -580,8 +604,9 @@ class Run:
             stock.item_nbytes = {
                 k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))
             }
-            if self._settings.disk_limit is not None:
-                stock.storage_limit = parse_bytes(self._settings.disk_limit)
+            limit = self._disk_limit()
+            if limit is not None:
+                stock.storage_limit = limit / max(self._stored_fraction, 1e-9)  # the tier counts what is stored
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
             stock.block_write.add(costs.write_seconds(block))
@@ -921,6 +946,14 @@ def _seen(speed: CodecSpeed) -> str:
     return f"an item of this job became {times:.2f} times smaller, at {rates[0]} out and {rates[1]} back{slow}"
 
 
+def _on_disk(choice: Choice) -> str:
+    """What is written over the whole run, which wears the drive, and what of it is there at once."""
+    prediction, most = choice.prediction, choice.disk_nbytes
+    allowed = "" if most is None else f" of the {format_bytes(most)} there is room for"
+    written, held = format_bytes(prediction.bytes_written), format_bytes(prediction.peak_disk_bytes)
+    return f"{written} written to disk in all and {held} at once{allowed}"
+
+
 def describe(choice: Choice) -> str:
     """The plan in one line, for people."""
     parts = [f"{choice.schedule}: {choice.slots:,} snapshots {'on the device' if choice.on_device else 'in memory'}"]
@@ -930,6 +963,8 @@ def describe(choice: Choice) -> str:
         parts.append(f"{choice.prediction.writes:,} stored on disk")
     if choice.schedule == "asynchronous":
         parts.append(f"one stored every {choice.spacing:.1f} steps")
+    if choice.prediction.writes:
+        parts.append(_on_disk(choice))
     if choice.dense:
         parts.append(f"every state of the last {choice.dense:,} steps kept")
     if choice.record_fraction:

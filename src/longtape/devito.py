@@ -24,8 +24,9 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,8 +43,10 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
+from longtape.processes import require_independent
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
+from longtape.timing import MOST_BUSY_SECONDS, TIMES, least_seconds, step_seconds
 
 __all__ = ["Sweep"]
 
@@ -415,8 +418,8 @@ class _OperatorsJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self) -> JobCosts:
-        """Time a stride forward and in reverse, on copies: nothing is seen of it."""
+    def measure(self, times: int = TIMES) -> JobCosts:
+        """Time a stride forward and in reverse, so many times, on copies: nothing is seen of it."""
         first, last, clock = self._first(0), self._last(0), time.perf_counter
         forward, reverse = self._forward.with_copies(), self._reverse.with_copies()
         levels = [level for field in self._read for level in field.at(first)]
@@ -426,27 +429,26 @@ class _OperatorsJob:
             for target, level in zip(spare, levels, strict=True):
                 np.copyto(target, level)
 
-        def seconds(kernel: _Kernel, values: list[Any]) -> float:
-            kernel.run(first, last, values)  # what is used for the first time is slow
-            times = []
-            for _ in range(3):
-                began = clock()
-                kernel.run(first, last, values)
-                times.append(clock() - began)
-            return min(times)
+        def timed(run: Callable[[], None]) -> float:
+            began = clock()
+            run()
+            return clock() - began
 
-        ahead, back = seconds(self._forward, forward), seconds(self._reverse, reverse)
-        copy()
-        began = clock()
-        copy()
-        copied = clock() - began
+        def step() -> None:
+            self._forward.run(first, last, forward)
+
+        def adjoint() -> None:
+            self._reverse.run(first, last, reverse)
+
+        ahead, times = step_seconds(partial(timed, step), times)
+        back, copied = least_seconds(partial(timed, adjoint), times), least_seconds(partial(timed, copy), TIMES)
         again = max(0, self._window.ready(last) - first + 1) / (last - first + 1)
         return JobCosts(
             forward=ahead,
             reverse=back + again * ahead,
             record=ahead + copied,
             pull_back=back,
-            busy=lambda: self._forward.run(first, last, forward),
+            busy=step if ahead <= MOST_BUSY_SECONDS else None,
         )
 
 
@@ -472,6 +474,9 @@ class Sweep:
         stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
         costs: Times to plan with, such as `costs` of an earlier sweep through the same
             operators; measured when None, without touching the operators' arrays.
+
+        independent: The ranks are independent: no operator exchanges halos.  Without it, a run beside other ranks
+            of MPI, or with Devito's MPI on, is refused.
 
     Raises:
         BudgetError: `memory` cannot hold one state.
@@ -502,7 +507,9 @@ class Sweep:
         tier: Tier | None = None,
         costs: Costs | None = None,
         stuck_seconds: float = 30.0,
+        independent: bool = False,
     ) -> None:
+        require_independent(independent)
         if not wavefields:
             raise UsageError("give the TimeFunctions that the forward operator updates as wavefields")
         own = {function.name: function for function in wavefields}
@@ -537,8 +544,11 @@ class Sweep:
             tier=tier,
             costs=costs,
             stuck_seconds=stuck_seconds,
+            independent=independent,
         )
-        self._run = Run(self._job, traits, settings, measure=None if costs is not None else self._job.measure)
+        # Without storage the plan is the same for all times.
+        measure = partial(self._job.measure, 1 if disk is None and tier is None else TIMES)
+        self._run = Run(self._job, traits, settings, measure=None if costs is not None else measure)
 
     @property
     def plan(self) -> Choice:

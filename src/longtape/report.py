@@ -211,6 +211,8 @@ class Report:
     """Bytes of the items written over bytes that were stored of them."""
     lossy_bound: float | None = None
     """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
+    disk_limit_bytes: int | None = None
+    """Most bytes that storage might take: a stated limit, or what was free there less a reserve; None: not known."""
     device: DeviceReport | None = None
     """Where steps ran on a device.  Memory is then the host's, pinned, if anything was copied there."""
     trace: Trace | None = field(default=None, repr=False, compare=False)
@@ -263,6 +265,10 @@ class Report:
             held = format_seconds(self.durable_seconds)
             lines.append(f"{begun}made durable {self.durable_points:,} times, for which compute stood still for {held}")
         lines += [f"  {what}" for what in map(_transfers_line, self.transfers) if what]
+        if self.writes and self.disk_limit_bytes is not None:
+            held, written = format_bytes(self.measured.peak_disk_bytes), format_bytes(self.measured.bytes_written)
+            limit = format_bytes(self.disk_limit_bytes)
+            lines.append(f"on disk: {held} at most, of {limit} there was room for; {written} were written in all")
         if self.device is not None:
             lines += self.device.lines(self.measured.seconds)
         if self.measured.steps_recomputed or self.revolve_steps_recomputed:

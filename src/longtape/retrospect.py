@@ -125,6 +125,7 @@ class Retrospect:
             replans=tuple(Replan(*change) for change in trace.replans),
             replan_count=trace.replan_count,
             states_verified=self.states_verified,
+            disk_limit_bytes=choice.disk_nbytes,
             device=self._device_report(),
         )
 

@@ -26,6 +26,7 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
+from longtape.processes import require_independent
 from longtape.protocols import Bytes, Floats, Observer, Slot, Tier
 from longtape.report import Report
 from longtape.tiers.aligned import map_aligned
@@ -460,6 +461,8 @@ class Sweep:
             when `reverse` has ended.  One state of `memory` is set aside for it.
         resume_seconds: Work that may be lost.
         name: Tells runs apart that share the directory.
+        independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
+            `torch.distributed` or JAX is refused.
 
     Raises:
         BudgetError: `memory` cannot hold one state, or with `resume` two, or what the schedule keeps in memory.
@@ -494,7 +497,9 @@ class Sweep:
         resume: str | os.PathLike[str] | None = None,
         resume_seconds: float = DEFAULT_SECONDS,
         name: str = "sweep",
+        independent: bool = False,
     ) -> None:
+        require_independent(independent)
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise UsageError(f"steps must be an integer of at least 1, or None, not {steps!r}")
         fields = _checked_fields(model)
@@ -552,6 +557,7 @@ class Sweep:
                 compress=compress,
                 schedule=schedule,
                 resumable=resumable,
+                independent=independent,
             )
             self._run = Run(self._job, traits, settings, measure=None if measured is None else lambda: measured)
         except BaseException:

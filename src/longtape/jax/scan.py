@@ -45,6 +45,7 @@ def scan(
     resume: str | os.PathLike[str] | None = None,
     resume_seconds: float = DEFAULT_SECONDS,
     name: str = "scan",
+    independent: bool = False,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan`, so that gradients through it fit in `memory`.
 
@@ -83,6 +84,8 @@ def scan(
             is taken nothing is made durable.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
+        independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
+            `torch.distributed` or JAX is refused.
 
     Returns:
         The final carry, and the stacked ys.
@@ -104,6 +107,7 @@ def scan(
         tier=tier,
         costs=costs,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     parse_bytes(memory)
     seconds = check_seconds(resume_seconds)
@@ -140,6 +144,7 @@ def while_loop(
     on_report: Callable[[Report], None] | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
+    independent: bool = False,
 ) -> Any:
     """`jax.lax.while_loop` with reverse-mode derivatives, in a memory budget.
 
@@ -161,6 +166,7 @@ def while_loop(
         on_report: Called with the report of each reverse sweep.
         verify: Compare states with what they were.
         stuck_seconds: Wait no longer than this for storage.
+        independent: The ranks are independent: no step communicates.
 
     Returns:
         The final carry.
@@ -183,6 +189,7 @@ def while_loop(
         tier=tier,
         costs=costs,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     parse_bytes(memory)
 

@@ -26,6 +26,7 @@ from longtape.tiers.extents import Extents
 from longtape.tiers.ledger import Entry, Ledger
 from longtape.tiers.openfile import OpenFile
 from longtape.tiers.scratch import Scratch, open_scratch
+from longtape.tiers.space import usable_nbytes
 from longtape.tiers.whole import WholeFile
 
 LEAST_GROWTH_NBYTES = 64 << 20
@@ -43,7 +44,8 @@ class DiskTier:
     Args:
         directory: An existing directory on the disk to use.
         run_id: 16 bytes that mark this run's blocks; random by default.
-        limit: The most bytes the file may grow to, headers included; None: as the disk allows.
+        limit: The most bytes the file may grow to, headers included.  None: what is free on the disk now, less a
+            reserve (`space`); no limit is higher than that.
         direct: True: direct I/O, or an error; False: through the page cache, which is then
             dropped behind each batch of writes; None: direct where it works.
 
@@ -65,7 +67,7 @@ class DiskTier:
             raise UsageError(f"run_id must be 16 bytes, not {len(self.run_id)}")
         if limit is not None and limit < 0:
             raise UsageError(f"limit={limit} is negative; give the most bytes the scratch file may take")
-        self.limit = limit
+        self._stated_limit = limit
         scratch = self._scratch = self._open(os.fspath(directory), direct)
         try:
             self._set_up(scratch)
@@ -85,8 +87,12 @@ class DiskTier:
         self._extents = Extents()
         # Memory is not to be taken before it is needed.
         self._growth = 0 if scratch.in_memory else LARGEST_GROWTH_NBYTES
-        self.file_bytes = 0
+        file = os.fstat(scratch.fd)
+        self.file_bytes = file.st_size
         """How far the file has grown."""
+        limits = (self._stated_limit, usable_nbytes(scratch.directory, beside=512 * file.st_blocks))
+        self.limit: int | None = min((nbytes for nbytes in limits if nbytes is not None), default=None)
+        """The most bytes it may grow to; None: there is no telling."""
 
     # What the report wants to know -----------------------------------------------------------
 
@@ -258,8 +264,7 @@ class DiskTier:
         if self.limit is not None and least > self.limit:
             raise StorageFull(
                 errno.EDQUOT,
-                f"room for {format_bytes(size)} would grow {self._scratch} past its limit of "
-                f"{format_bytes(self.limit)}; raise the limit",
+                f"room for {format_bytes(size)} would grow {self._scratch} past {self._allowed(self.limit)}",
             )
         ahead = min(self._growth, max(LEAST_GROWTH_NBYTES, _GROWTH_ITEMS * size))
         while True:
@@ -276,6 +281,15 @@ class DiskTier:
             else:
                 self.file_bytes = wanted
                 return
+
+    def _allowed(self, limit: int) -> str:
+        """Which limit this is, and what to do about it."""
+        if limit == self._stated_limit:
+            return f"its limit of {format_bytes(limit)}; raise the limit"
+        return (
+            f"the {format_bytes(limit)} that were free there when the run began, less a reserve; free some, or use "
+            "another directory"
+        )
 
     def _allocate(self, nbytes: int) -> None:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.within import within
 from longtape.protocols import Bytes, Floats, Slot
+from longtape.timing import MOST_BUSY_SECONDS, TIMES, count_together, least_seconds, step_seconds
 from longtape.torch.agreement import agree, same_bits
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
-from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
+from longtape.torch.eager import Cotangents, EagerStep, Tape, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.memory import held_by
@@ -37,14 +38,17 @@ UNKNOWN_NBYTES = 1 << 60
 """Of a taped step that cannot be examined: so many that no two steps are taped together."""
 
 
-MOST_SAMPLED = 64
-"""Steps run to see how small the job's data becomes."""
+MOST_SAMPLED, MOST_SAMPLED_EAGERLY = 64, 4
+"""Steps run to see how small the job's data becomes: as graphs, and as the user's own calls."""
 
 SAMPLE_NBYTES = 1 << 20
 
 MOST_TIMED = 16
 TIMED_NBYTES = 8 << 20
-"""How often a step is recorded to time it, and the most room that takes."""
+"""How many captured steps are timed together, and the most room that takes."""
+
+EAGER_TIMES = 2
+"""How often an eager step is run to be timed, and how often taped."""
 
 
 class Randomness:
@@ -394,37 +398,38 @@ class ScanJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self) -> JobCosts:
-        """Time step 0 forward and through its adjoint; nothing is kept of it."""
+    def measure(self, *, once: bool = False) -> JobCosts:
+        """Time step 0 forward and through its adjoint; nothing is kept of it.
+
+        Args:
+            once: Run it once each way: no choice depends on the times.
+        """
         if self._measured is None:
             try:
-                self._measured = self._time()
+                self._measured = self._time(once)
             except Exception as error:
                 _name_step(error, 0)
                 raise
         return self._measured
 
-    def _time(self) -> JobCosts:
-        clock = self.place.now
-
-        def forward() -> float:
-            self.load_initial()
-            began = clock()
-            self.stepper.advance(0, self.carry, self.inputs.leaves(0))
-            return clock() - began
-
-        def busy() -> None:
-            forward()
-
+    def _time(self, once: bool) -> JobCosts:
         if isinstance(self.stepper, EagerStep):
             self._check_repeatable(self.stepper)
-        seconds = _typical(forward)
-        if isinstance(self.stepper, CapturedSteps):
-            costs = self._time_recording(self.stepper, seconds)
+            forward, reverse = partial(self._plainly, 1), self._taping(self.stepper)
+            seconds, times = step_seconds(forward, 1 if once else EAGER_TIMES)
+            costs = JobCosts(forward=seconds, reverse=least_seconds(reverse, times))
         else:
-            costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
+            costs = self._time_captured(self.stepper, 1 if once else TIMES)
         self.load_initial()
-        return replace(costs, busy=busy, restore=self.load_initial, sample=self._sample)
+        return replace(costs, restore=self.load_initial, sample=self._sample)
+
+    def _plainly(self, count: int) -> float:
+        """Seconds of step 0, run so many times, each from the last result."""
+        self.load_initial()
+        carry, x, began = self.carry, self.inputs.leaves(0), self.place.now()
+        for _ in range(count):
+            carry, _ = self.stepper.advance(0, carry, x)
+        return self.place.now() - began
 
     def _check_repeatable(self, step: EagerStep) -> None:
         """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
@@ -457,7 +462,7 @@ class ScanJob:
         steps = self.stepper
         known = 1 if self.steps is None else self.steps  # of an unknown length, one step at least
         if not isinstance(steps, CapturedSteps):
-            for index in range(min(known, MOST_SAMPLED)):
+            for index in range(min(known, MOST_SAMPLED_EAGERLY)):
                 self.carry, _ = steps.advance(index, self.carry, self.inputs.leaves(index))
             host, slot = HostPlace(), Slot(np.zeros(self._form.fields.nbytes, np.uint8))
             host.lay_out(self._form)
@@ -490,41 +495,49 @@ class ScanJob:
         if isinstance(self.stepper, CapturedSteps):
             self._rounded = self.stepper.only_graph
 
-    def _time_recording(self, steps: CapturedSteps, forward: float) -> JobCosts:
-        """Record step 0 again and again, each time from its last result, and pull back; nothing is kept of it.
+    def _time_captured(self, steps: CapturedSteps, times: int) -> JobCosts:
+        """Run, record and pull back step 0 again and again, each time from its last result; nothing is kept of it.
 
-        If all were put in one place, it would stay in the caches, as it does not in a sweep.
+        If all residuals were put in one place, it would stay in the caches, as it does not in a sweep.
         """
-        count = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
-        block, clock = steps.spare_block(count), self.place.now
+        clock, count = self.place.now, 1
         windows = TrialWindows(steps, self.inputs, self._fresh, self.place)
-        record, pull_back = [], []
+        pulled: list[float] = []
 
-        def once() -> float:
+        def record() -> float:
             began = clock()
             windows.record_into(block, count)
             turned = clock()
             windows.pull_back_from(block, count)
-            ended = clock()
-            record.append((turned - began) / count)
-            pull_back.append((ended - turned) / count)
-            return ended - began
+            pulled.append((clock() - turned) / count)
+            return turned - began
 
-        _typical(once)
+        forward, times = step_seconds(partial(self._plainly, 1), times)
+        if times > 1:
+            most = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
+            count = count_together(forward, most)
+            forward = least_seconds(partial(self._plainly, count), times) / count
+        block = steps.spare_block(count)
+        recorded = least_seconds(record, times) / count
         windows.end()
-        taped, pulled = median(record), median(pull_back)
-        found = JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled)
+
+        def busy() -> None:
+            self._plainly(1)
+
+        taped, back = recorded, min(pulled)
+        found = JobCosts(forward=forward, reverse=taped + back, record=taped, pull_back=back)
+        found = replace(found, busy=busy if forward <= MOST_BUSY_SECONDS else None)
         return replace(found, windows=windows) if isinstance(self.place, HostPlace) else found
 
     def _fresh(self) -> Leaves:
         self.load_initial()
         return self.carry
 
-    def _time_taping(self, step: EagerStep) -> float:
-        """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
+    def _taping(self, step: EagerStep) -> Callable[[], float]:
+        """Tapes step 0 and takes its adjoint; also finds what a taped step holds."""
         clock, x = self.place.now, self.inputs.leaves(0)
 
-        def once() -> float:
+        def timed() -> float:
             self.load_initial()
             step.begin_reverse(step.closed_over())
             began = clock()
@@ -533,7 +546,7 @@ class ScanJob:
             step.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
             return clock() - began
 
-        return _typical(once)
+        return timed
 
     def _tape_first(self, step: EagerStep, x: Leaves) -> Tape:
         saved: dict[int, int] = {}
@@ -632,11 +645,3 @@ def _as_bytes(leaf: torch.Tensor) -> Bytes:
 def _name_step(error: Exception, index: int) -> None:
     if not isinstance(error, CaptureFailed | RoomExceeded):
         error.add_note(f"longtape: in step {index} of the scan")
-
-
-def _typical(timed: Callable[[], float]) -> float:
-    """The median of a few timings: at least three, and more where they are short."""
-    seconds = [timed() for _ in range(3)]
-    while sum(seconds) < 0.02 and len(seconds) < 50:
-        seconds.append(timed())
-    return median(seconds)

@@ -41,6 +41,7 @@ def while_loop(
     stuck_seconds: float = 30.0,
     compress: str | None = None,
     compile: bool = False,
+    independent: bool = False,
 ) -> Any:
     """Run ``carry = step(carry)`` while ``cond(carry)``, so that gradients fit in `memory`.
 
@@ -69,6 +70,7 @@ def while_loop(
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
         compress: As in `scan`: codec for what goes to storage, used where it is predicted to pay.
         compile: As in `scan`: hand the captured graphs to PyTorch's compiler.
+        independent: As in `scan`: the ranks are independent, no step communicates.
 
     Returns:
         The final carry; `init` as it is where `cond` does not hold for it.
@@ -103,6 +105,7 @@ def while_loop(
         tier=tier,
         compress=compress,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     where = Where.of(leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report), where)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from longtape.compose import (
+    ALIGNMENT,
     Hooks,
     Run,
     Settings,
@@ -28,6 +29,7 @@ from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
+from longtape.processes import require_independent
 from longtape.protocols import Device, Observer, Tier
 from longtape.report import Report
 from longtape.sizes import format_bytes, parse_bytes
@@ -78,6 +80,7 @@ def scan(
     resume: str | os.PathLike[str] | None = None,
     resume_seconds: float = DEFAULT_SECONDS,
     name: str = "scan",
+    independent: bool = False,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -90,7 +93,9 @@ def scan(
             same arguments, so it must depend on nothing else that changes; random numbers
             of PyTorch's default generators and autocast are replayed.  It may update its
             carry in place, but neither its x nor what it closes over (such as running
-            statistics), and must keep nothing that it computes but in the carry.
+            statistics), and must keep nothing that it computes but in the carry.  Before the
+            sweep step 0 is run a few times to time it, six at most; once each way where that takes
+            more than a second, or no plan depends on it.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
@@ -131,6 +136,8 @@ def scan(
             nothing is made durable.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
+        independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
+            `torch.distributed` or JAX is refused.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
@@ -165,6 +172,7 @@ def scan(
         tier=tier,
         compress=compress,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     where = Where.of(init_leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report), where)
@@ -291,6 +299,7 @@ class Call:
             job = self._new_job()
             if self._finds_none(job):
                 return self._results(job, job.carry, job.outputs.leaves or [])
+        require_independent(self._settings.independent)
         self.inputs.check_repeatable()
         self.pending = self._forward()
         job = self.pending.job
@@ -417,7 +426,7 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
-            costs = job.measure()
+            costs = job.measure(once=not self._times_matter(job))
             if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
                 self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
             self._randomness.note()
@@ -457,6 +466,13 @@ class Call:
                     self._hooks.on_plan(run.choice)
                 run.forward()
         return pending
+
+    def _times_matter(self, job: ScanJob) -> bool:
+        """Whether the plan depends on times: not without storage, nor where memory holds every state."""
+        state = aligned(job.layout().nbytes, ALIGNMENT)
+        fits = self.steps is not None and self.steps * state <= self._where.memory_nbytes
+        has_storage = self._where.has_storage and not (fits and isinstance(job.stepper, EagerStep))
+        return has_storage or self.durable is not None or isinstance(job.place, Linked)
 
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
