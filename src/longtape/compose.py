@@ -459,7 +459,10 @@ class Run:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
         if self._tier is None or self._workers is None:
             return without
-        sizes = [self._item_nbytes(self._traits.state_nbytes)]
+        state = self._item_nbytes(self._traits.state_nbytes)
+        # A slot, a copy of it, and the front end's copy of state 0 are held meanwhile.
+        room = max(min(self.memory_nbytes // 4, (self.memory_nbytes - state) // 2), PADDED_FROM)
+        sizes = [min(state, room // ALIGNMENT * ALIGNMENT)]
         if self._traits.residual_nbytes:
             sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
         try:
@@ -487,7 +490,7 @@ class Run:
             read_latency=speed.read_latency,
             handling=speed.handling,
             handling_per_byte=speed.handling_per_byte,
-            save=0.0 if self._traits.working_slots else speed.copy_per_byte * sizes[0],
+            save=0.0 if self._traits.working_slots else speed.copy_per_byte * state,
         )
 
     def _block_nbytes(self, choice: Choice) -> int:

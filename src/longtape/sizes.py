@@ -23,12 +23,12 @@ for _power, _prefix in enumerate(_PREFIXES, start=1):
 _LARGEST = 2**63 - 1
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: int | float | str) -> int:  # noqa: PYI041
     """The number of bytes that `value` means.
 
     ``"2GiB"`` is 2·1024³ and ``"2GB"`` is 2·1000³; the ``B`` may be left out, the case
     does not matter, and a space or underscores may help the reader: ``"64 MiB"``,
-    ``"1.5G"``, ``"1_000"``, ``"1e9"``.  A fraction of a byte is dropped.
+    ``"1.5G"``, ``"1_000"``, ``"1e9"``.  A fraction of a byte is dropped.  A number must be whole, as ``1e9`` is.
 
     Raises:
         UsageError: `value` is negative, too large for a file offset, or not an amount of bytes.
@@ -37,6 +37,10 @@ def parse_bytes(value: int | str) -> int:
         nbytes = _parse_text(value)
     elif isinstance(value, bool):
         raise _not_understood(value)
+    elif isinstance(value, float):
+        if not value.is_integer():
+            raise _not_understood(value)
+        nbytes = int(value)
     else:
         try:
             nbytes = operator.index(value)
