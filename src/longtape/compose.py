@@ -492,11 +492,13 @@ class Run:
         if self._tier is None or self._workers is None or self._keeps_every_state():
             return without
         state = self._item_nbytes(self._traits.state_nbytes)
-        sizes = [state]
+        # A slot, a copy of it, and the front end's copy of state 0 are held meanwhile.
+        room = max(min(self.memory_nbytes // 4, (self.memory_nbytes - state) // 2), PADDED_FROM)
+        sizes = [min(state, room // ALIGNMENT * ALIGNMENT)]
         if self._traits.residual_nbytes:
-            large = max(state, min(4 << 20, self.memory_nbytes // 4))
+            large = max(sizes[0], min(4 << 20, self.memory_nbytes // 4))
             # Of two sizes that are close to each other, noise would tell latency from bandwidth.
-            sizes = [max(1, min(state, MOST_SMALL_NBYTES, large // 4)), large]
+            sizes = [max(1, min(sizes[0], MOST_SMALL_NBYTES, large // 4)), large]
         try:
             stuck_seconds = self._settings.stuck_seconds
             measure = partial(
