@@ -32,11 +32,12 @@ from longtape.plan.choose import Choice
 from longtape.protocols import Device, Observer, Tier
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
+from longtape.torch.autocast import Ambient
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import DurableScan, bytes_of
-from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
+from longtape.torch.eager import Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
@@ -44,6 +45,7 @@ from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
+from longtape.torch.transforms import hidden_from_hooks, refuse_batched, refuse_transforms, uncompiled
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -56,6 +58,7 @@ MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
 
 
+@uncompiled
 def scan(
     step: Step,
     init: Any,
@@ -148,6 +151,7 @@ def scan(
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
+    refuse_transforms("scan")
     inputs, steps = as_inputs(xs, length)
     init_leaves, carry = flatten(init)
     for position, leaf in enumerate(init_leaves):
@@ -292,13 +296,14 @@ class Call:
             if self._finds_none(job):
                 return self._results(job, job.carry, job.outputs.leaves or [])
         self.inputs.check_repeatable()
-        self.pending = self._forward()
-        job = self.pending.job
-        self.closed = job.stepper.closed_over()
-        given = [*self.init, *self.inputs.stacked, *self.closed]
-        results = [*job.carry, *(job.outputs.leaves or [])]
-        job.outputs.leaves = None  # they are the caller's, to keep or to drop
-        outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
+        with hidden_from_hooks():
+            self.pending = self._forward()
+            job = self.pending.job
+            self.closed = job.stepper.closed_over()
+            given = [*self.init, *self.inputs.stacked, *self.closed]
+            results = [*job.carry, *(job.outputs.leaves or [])]
+            job.outputs.leaves = None  # they are the caller's, to keep or to drop
+            outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
@@ -477,8 +482,16 @@ class Call:
                 raise CaptureFailed(f"{job.stepper.rounding} in the last bits; capture=True accepts that")
             self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
 
+    @uncompiled
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
+        refuse_batched([*carry_bar, *ys_bar])
+        with torch.inference_mode(False), torch.no_grad(), self._ambient.off(), hidden_from_hooks():
+            return self._reverse_or_again([*map(_kept, carry_bar)], [*map(_kept, ys_bar)], wants)
+
+    def _reverse_or_again(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> list[torch.Tensor | None]:
         after = self._randomness.state()
         try:
             return self._reverse(carry_bar, ys_bar, wants)
@@ -511,6 +524,11 @@ class Call:
         return [*init_bar, *xs_bar, *closed_bar]
 
 
+def _kept(bar: torch.Tensor | None) -> torch.Tensor | None:
+    """A cotangent that can be summed up; one of a backward pass in inference mode cannot be written to outside of it."""
+    return bar.clone() if bar is not None and bar.is_inference() else bar
+
+
 class _Pending:
     """A run between its sweeps; releases it when the graph that waits for it is dropped."""
 
@@ -528,7 +546,8 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, *outside)  # so that autograd notices if one of them is modified meanwhile
+        # So that autograd notices if one of them is modified meanwhile; it does not count changes of inference tensors.
+        ctx.save_for_backward(*[tensor for tensor in [*given, *outside] if not tensor.is_inference()])
         outputs = tuple(leaf.detach() for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs
@@ -536,15 +555,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
-        given = ctx.saved_tensors[: len(wants)]
+        sources = ctx.saved_tensors
         call: Call = ctx.call
         count = len(call.init)
-        with torch.no_grad():
-            found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
+        found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
         gradients = [bar if wanted else None for bar, wanted in zip(found, wants, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             there = [bar for bar in gradients if bar is not None]
-            once = iter(_OnceOnly.apply(there, *given, *[bar for bar in bars if bar is not None]) if there else ())
+            once = iter(_OnceOnly.apply(there, *sources, *[bar for bar in bars if bar is not None]) if there else ())
             gradients = [None if bar is None else next(once) for bar in gradients]
         return None, None, None, *gradients
 
