@@ -17,11 +17,14 @@ from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
 from longtape.sizes import whole_number
+from longtape.torch.autocast import Ambient
 from longtape.torch.inputs import NoInputs
 from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
+from longtape.torch.transforms import refuse_transforms, uncompiled
 
 
+@uncompiled
 def while_loop(
     cond: Callable[[Any], Any],
     step: Callable[[Any], Any],
@@ -83,6 +86,7 @@ def while_loop(
         ReplayError: A step gave something else when it was run again, and `verify` is set.
         Exception: Whatever `step` or `cond` raises, with a note naming the step.
     """
+    refuse_transforms("while_loop")
     leaves, carry = flatten(init)
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
@@ -94,7 +98,7 @@ def while_loop(
         max_steps = most
     if verify:
         refuse_lossy_verification(compress)
-    ends = _Ends(cond, carry, max_steps)
+    ends = _Ends(cond, carry, max_steps, Ambient(leaf.device.type for leaf in leaves))
     if ends(0, [leaf.detach() for leaf in leaves]):
         return init
     settings = Settings(
@@ -126,13 +130,14 @@ def _without_y(step: Callable[[Any], Any]) -> Callable[[Any, Any], tuple[Any, No
 class _Ends:
     """Whether the loop ends before a step."""
 
-    def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None) -> None:
+    def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None, ambient: Ambient) -> None:
         self._cond, self._carry, self._max_steps = cond, carry, max_steps
+        self._ambient = ambient
 
     def __call__(self, step: int, carry: Leaves) -> bool:
         if self._max_steps is not None and step >= self._max_steps:
             return True
-        with torch.no_grad():
+        with torch.no_grad(), self._ambient():
             before = torch.get_rng_state() if step == 0 else None
             holds = self._cond(self._carry.build(carry))
         if before is not None and not torch.equal(before, torch.get_rng_state()):

@@ -34,11 +34,12 @@ from longtape.protocols import Device, Observer, Tier
 from longtape.report import Report
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
+from longtape.torch.autocast import Ambient
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import DurableScan, bytes_of
-from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
+from longtape.torch.eager import Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob
@@ -46,6 +47,7 @@ from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
+from longtape.torch.transforms import hidden_from_hooks, refuse_batched, refuse_transforms, uncompiled
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -58,6 +60,7 @@ MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
 
 
+@uncompiled
 def scan(
     step: Step,
     init: Any,
@@ -155,6 +158,7 @@ def scan(
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
+    refuse_transforms("scan")
     inputs, steps = as_inputs(xs, length)
     init_leaves, carry = flatten(init)
     for position, leaf in enumerate(init_leaves):
@@ -301,13 +305,14 @@ class Call:
                 return self._results(job, job.carry, job.outputs.leaves or [])
         require_independent(self._settings.independent)
         self.inputs.check_repeatable()
-        self.pending = self._forward()
-        job = self.pending.job
-        self.closed = job.stepper.closed_over()
-        given = [*self.init, *self.inputs.stacked, *self.closed]
-        results = [*job.carry, *(job.outputs.leaves or [])]
-        job.outputs.leaves = None  # they are the caller's, to keep or to drop
-        outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
+        with hidden_from_hooks():
+            self.pending = self._forward()
+            job = self.pending.job
+            self.closed = job.stepper.closed_over()
+            given = [*self.init, *self.inputs.stacked, *self.closed]
+            results = [*job.carry, *(job.outputs.leaves or [])]
+            job.outputs.leaves = None  # they are the caller's, to keep or to drop
+            outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
@@ -495,8 +500,16 @@ class Call:
         start = self._randomness.at_start.numpy().tobytes()
         return Resumable(home, DurableScan(job), fingerprint, front, start, self.durable.seconds)
 
+    @uncompiled
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
+        refuse_batched([*carry_bar, *ys_bar])
+        with torch.inference_mode(False), torch.no_grad(), self._ambient.off(), hidden_from_hooks():
+            return self._reverse_or_again([*map(_kept, carry_bar)], [*map(_kept, ys_bar)], wants)
+
+    def _reverse_or_again(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> list[torch.Tensor | None]:
         after = self._randomness.state()
         try:
             return self._reverse(carry_bar, ys_bar, wants)
@@ -529,6 +542,11 @@ class Call:
         return [*init_bar, *xs_bar, *closed_bar]
 
 
+def _kept(bar: torch.Tensor | None) -> torch.Tensor | None:
+    """A cotangent that sweeps may add to, as they may not to one of a backward pass in inference mode."""
+    return bar.clone() if bar is not None and bar.is_inference() else bar
+
+
 @dataclass(frozen=True, slots=True)
 class _Pending:
     """A run between its sweeps; it releases what it has when the graph that waits for it is dropped."""
@@ -546,7 +564,8 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, *outside)  # so that autograd notices if one of them is modified meanwhile
+        # So that autograd notices if one of them is modified meanwhile; it does not count changes of inference tensors.
+        ctx.save_for_backward(*[tensor for tensor in [*given, *outside] if not tensor.is_inference()])
         outputs = tuple(leaf.detach() for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs
@@ -554,15 +573,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
-        given = ctx.saved_tensors[: len(wants)]
+        sources = ctx.saved_tensors
         call: Call = ctx.call
         count = len(call.init)
-        with torch.no_grad():
-            found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
+        found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
         gradients = [bar if wanted else None for bar, wanted in zip(found, wants, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             there = [bar for bar in gradients if bar is not None]
-            once = iter(_OnceOnly.apply(there, *given, *[bar for bar in bars if bar is not None]) if there else ())
+            once = iter(_OnceOnly.apply(there, *sources, *[bar for bar in bars if bar is not None]) if there else ())
             gradients = [None if bar is None else next(once) for bar in gradients]
         return None, None, None, *gradients
 
