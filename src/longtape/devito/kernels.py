@@ -79,6 +79,10 @@ class Kernel:
         }
         self.scalars = {name: prepared[name] for name in self._names if np.isscalar(prepared[name])}
         self.values = [prepared[name] for name in self._names]
+        # Devito frees memory with the object that owns it, whatever views there are.
+        functions = [*self.operator.parameters, *self._given.values()]
+        functions += [getattr(f, name) for f in functions for name in getattr(f, "_sub_functions", ())]
+        self._owners = [getattr(function, "_data", None) for function in functions]
 
     def changed(self) -> list[str]:
         """Names of arguments that are not what they were when prepared: other memory, or another number."""
