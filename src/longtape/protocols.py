@@ -271,3 +271,13 @@ class Durable(Protocol):
 
     def put_bars(self, start: int, stop: int, arrays: list[Bytes]) -> None:
         """Take back what `bars` gave."""
+
+
+class Standing(Protocol):
+    """Sums and the like, which the forward sweep updates beside the state; made durable as they stand at a point."""
+
+    def standing(self) -> list[Bytes]:
+        """As it is."""
+
+    def put_standing(self, arrays: list[Bytes]) -> None:
+        """Take back what `standing` gave; called once, after all rows have been put back."""

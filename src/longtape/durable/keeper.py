@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from longtape.errors import DamagedBlock, ResumeError, StorageError, UsageError
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.plan.stock import Stock
-from longtape.protocols import Bytes, Durable, Job, Slot
+from longtape.protocols import Bytes, Durable, Job, Slot, Standing
 from longtape.tiers.named import NamedDiskTier
 
 DEFAULT_SECONDS = 60.0
@@ -52,6 +52,7 @@ class Resumable:
     """Anything that the front end wants to find in `found_front`; JSON."""
     extra: bytes = b""
     seconds: float = DEFAULT_SECONDS
+    standing: Standing | None = None
 
 
 def found_begin(home: Home) -> Begin | None:
@@ -195,6 +196,8 @@ class Keeper:
             for stretch in point.rows:
                 # Only what is put back by this thread comes back in time, or not at all.
                 self._source.put_rows(stretch.start, stretch.stop, self._fetched(tier, stretch))
+            if point.standing is not None and self._resumable.standing is not None:
+                self._resumable.standing.put_standing(self._fetched(tier, point.standing))
         except BaseException:
             tier.close()
             raise
@@ -428,9 +431,7 @@ class Keeper:
     ) -> _Attempt:
         """Everything that a point holds; adds the keys it reserves to `fresh`."""
         old, source, tier = self._point, self._source, self.tier
-        point = Point(
-            old.reached, old.turned, old.adjoint, old.seed, list(old.rows), list(old.bars), count=old.count + 1
-        )
+        point = replace(old, rows=list(old.rows), bars=list(old.bars), items={}, count=old.count + 1)
         blocks: list[tuple[Key, Bytes]] = []
 
         def parts(arrays: list[Bytes], start: int, stop: int) -> Stretch | None:
@@ -445,11 +446,13 @@ class Keeper:
                 blocks.append((key, data))
             return stretch
 
-        changes: dict[str, Stretch | None] = {"adjoint": None, "rows": None, "bars": None}
+        changes: dict[str, Stretch | None] = {"adjoint": None, "rows": None, "bars": None, "standing": None}
         if reached is not None:
             point.reached, point.turned = reached, is_final
             if reached > self._rows_from:
                 changes["rows"] = parts(source.rows(self._rows_from, reached), self._rows_from, reached)
+            if self._resumable.standing is not None:
+                changes["standing"] = point.standing = parts(self._resumable.standing.standing(), reached, reached)
         if adjoint and (old.adjoint is None or old.adjoint.start != self._adjoint_at):
             changes["adjoint"] = point.adjoint = parts(source.adjoint(), self._adjoint_at, self._adjoint_at)
             point.seed = self._seed
@@ -473,8 +476,7 @@ class Keeper:
 
     def _needed(self, point: Point, state: int | None) -> list[Key]:
         """The items of our own that this point needs."""
-        stretches = [*point.rows, *point.bars] + ([] if point.adjoint is None else [point.adjoint])
-        keys = [key for stretch in stretches for key in stretch.names()]
+        keys = [key for stretch in point.stretches for key in stretch.names()]
         restarts = {key for key in self._own if key.kind is Kind.RESTART}
         if not self._keeps_all:
             newest = max((key.step for key in restarts if key != self._final), default=None)

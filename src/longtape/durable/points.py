@@ -61,14 +61,21 @@ class Point:
     """What the forward sweep has produced."""
     bars: list[Stretch] = field(default_factory=list)
     """What the reverse sweep has produced."""
+    standing: Stretch | None = None
+    """What the forward sweep updates beside the state, as it stood at `reached`."""
     items: dict[Key, Place] = field(default_factory=dict)
     count: int = 0
     """How many points there were."""
 
     @property
+    def stretches(self) -> list[Stretch]:
+        """All that it names."""
+        return [*self.rows, *self.bars, *(stretch for stretch in (self.adjoint, self.standing) if stretch)]
+
+    @property
     def parts(self) -> int:
         """How many parts its stretches name."""
-        return sum(s.count for s in [*self.rows, *self.bars, *([self.adjoint] if self.adjoint else [])])
+        return sum(stretch.count for stretch in self.stretches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,12 @@ def _costs(found: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def point_header(
-    point: Point, *, adjoint: Stretch | None, rows: Stretch | None, bars: Stretch | None
+    point: Point,
+    *,
+    adjoint: Stretch | None = None,
+    rows: Stretch | None = None,
+    bars: Stretch | None = None,
+    standing: Stretch | None = None,
 ) -> dict[str, Any]:
     """The JSON part of a record: what has changed in it, not all that holds."""
     return {
@@ -141,6 +153,7 @@ def point_header(
         "adjoint": None if adjoint is None else asdict(adjoint),
         "rows": None if rows is None else asdict(rows),
         "bars": None if bars is None else asdict(bars),
+        "standing": None if standing is None else asdict(standing),
     }
 
 
@@ -175,7 +188,7 @@ def read_point(records: Iterable[Record], *, most: int) -> Point:
 
 def _parts_of(record: Record) -> int:
     """How many parts a record adds, at most."""
-    found = [record.header.get(name) for name in ("adjoint", "rows", "bars")]
+    found = [record.header.get(name) for name in ("adjoint", "rows", "bars", "standing")]
     return sum(stretch["count"] for stretch in found if stretch)
 
 
@@ -186,16 +199,17 @@ def apply_header(point: Point, record: Record) -> bool:
         return False
     reached: Any = header.get("reached")
     turned, seed = header.get("turned"), header.get("seed")
-    stretches = [_stretch(header.get(name)) for name in ("adjoint", "rows", "bars")]
+    stretches = [_stretch(header.get(name)) for name in ("adjoint", "rows", "bars", "standing")]
     if not _is_count(reached) or not isinstance(turned, bool) or not (seed is None or isinstance(seed, str)):
         return False
     if any(stretch is False for stretch in stretches):
         return False
-    adjoint, rows, bars = stretches
+    adjoint, rows, bars, standing = stretches
     if seed != point.seed:
         point.adjoint, point.bars = None, []
     point.reached, point.turned, point.seed = reached, turned, seed
     point.adjoint = adjoint or point.adjoint  # type: ignore[assignment]
+    point.standing = standing or point.standing  # type: ignore[assignment]
     point.rows += [rows] if rows else []  # type: ignore[list-item]
     point.bars += [bars] if bars else []  # type: ignore[list-item]
     point.count += 1
