@@ -17,7 +17,7 @@ PACKAGE = Path(longtape.__file__).parent
 HOMES = {
     "torch": "torch/",
     "jax": "jax/",
-    "devito": "devito.py",
+    "devito": "devito/",
     "checkpoint_schedules": "schedules.py",
     "matplotlib": "plots.py",
     "tqdm": "progress.py",

@@ -92,7 +92,11 @@ def mutated(records: Records, chance: random.Random) -> str:
     for name in path[:-1]:
         holder = holder[name]
     before = holder[path[-1]]
-    near = [before + 1, before - 1, 2 * before] if type(before) in (int, float) else [not before] * isinstance(before, bool)
+    near = (
+        [before + 1, before - 1, 2 * before]
+        if type(before) in (int, float)
+        else [not before] * isinstance(before, bool)
+    )
     holder[path[-1]] = value = chance.choice([*ODD, *near * 4])
     records[number] = run_id, header, payload
     return f"record {number}, {'.'.join(map(str, path))}: {before} → {value}"

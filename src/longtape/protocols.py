@@ -254,6 +254,9 @@ class Durable(Protocol):
     def state(self) -> list[tuple[str, Bytes]]:
         """The leaves of the working state, each with a name for people."""
 
+    def run_again(self, start: int, stop: int) -> None:
+        """Run steps that were run before from the working state; nothing is to be seen of it but their end."""
+
     def put_initial(self, slot: Slot) -> None:
         """Make state 0 the working state, as it was when the run was made; `slot` has a copy of it."""
 
@@ -277,3 +280,13 @@ class Durable(Protocol):
 
     def put_bars(self, start: int, stop: int, arrays: list[Bytes]) -> None:
         """Take back what `bars` gave."""
+
+
+class Standing(Protocol):
+    """Sums and the like, which the forward sweep updates beside the state; made durable as they stand at a point."""
+
+    def standing(self) -> list[Bytes]:
+        """As it is."""
+
+    def put_standing(self, arrays: list[Bytes]) -> None:
+        """Take back what `standing` gave; called once, after all rows have been put back."""

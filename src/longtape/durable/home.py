@@ -27,6 +27,7 @@ from longtape.durable.journal import Journal, Record
 from longtape.errors import ResumeError, StorageError, UsageError
 from longtape.tiers import owned
 from longtape.tiers.block import MAGIC as DATA_MAGIC
+from longtape.tiers.openfile import OpenFile, open_file
 
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
@@ -69,19 +70,21 @@ class Home:
         """What is there is of this process, or was found to be of the run that goes on: it may be cleared."""
         self._guard = threading.Lock()
         self._users, self._closing = 0, False
-        self._fd = self._directory_fd = -1
+        self._file: OpenFile | None = None
+        self._place: OpenFile | None = None
+        """The directory."""
         try:
-            self._directory_fd = _open_directory(self.directory)
-            self._fd = self._open_locked()
+            self._place = _open_directory(self.directory)
+            self._file = self._open_locked()
         except OSError as error:
-            _close(self._directory_fd)
+            _close(self._place)
             if error.errno in _UNUSABLE:
                 raise UsageError(f"{self.directory} cannot hold a resumable run: {error.strerror}; {_OTHER}") from error
             raise StorageError(
                 error.errno, f"{self.directory} cannot hold a resumable run: {error.strerror}; {_OTHER}"
             ) from error
         except BaseException:
-            _close(self._directory_fd)
+            _close(self._place)
             raise
         _homes.add(self)
         try:
@@ -99,6 +102,11 @@ class Home:
     def data_path(self) -> str:
         """Of the scratch file."""
         return os.path.join(self.directory, self.name + DATA)
+
+    @property
+    def _fd(self) -> int:
+        """The journal's descriptor; below 0 where it is closed."""
+        return -1 if self._file is None else self._file.fileno()
 
     def _read(self) -> None:
         try:
@@ -163,12 +171,13 @@ class Home:
         finally:
             with self._guard:
                 self._users -= 1
-                fd = self._let_go() if self._closing else -1
-            _close(fd)
+                file = self._let_go() if self._closing else None
+            _close(file)
 
     def sync_directory(self) -> None:
         """Make the names of the files durable.  Raises `OSError`."""
-        os.fsync(self._directory_fd)
+        assert self._place is not None
+        os.fsync(self._place.fileno())
 
     def is_in_place(self, data: owned.Identity) -> bool:
         """Whether the journal and this data file still have their names in the directory that was named."""
@@ -189,8 +198,8 @@ class Home:
             self._closing = False
         if self._fd < 0:
             try:
-                self._directory_fd = _open_directory(self.directory)
-                self._fd = self._open_locked()
+                self._place = _open_directory(self.directory)
+                self._file = self._open_locked()
                 self._reread()
             except OSError as error:
                 raise self._unreadable(error) from error
@@ -216,8 +225,8 @@ class Home:
             os.fdatasync(self._fd)
             self.first, self.is_damaged, self.is_believed = None, False, True
             self._end = self._count = 0
-            if data is not None:
-                owned.remove(self.name + DATA, data, dir_fd=self._directory_fd)
+            if data is not None and self._place is not None:
+                owned.remove(self.name + DATA, data, dir_fd=self._place.fileno())
         except OSError as error:
             raise StorageError(
                 error.errno,
@@ -227,15 +236,15 @@ class Home:
     def _old_data(self) -> owned.Identity | None:
         """The data file that is there.  Raises as `clear` does."""
         try:
-            fd = owned.open_owned(self.data_path, writes=False)
+            file = owned.open_owned(self.data_path)
         except FileNotFoundError:
             return None
         try:
-            if not begins_as_data(fd):
+            if not begins_as_data(file.fileno()):
                 raise ResumeError(f"{self.data_path} is not a data file of Longtape; move it, or use another name")
-            return owned.identity(fd)
+            return owned.identity(file.fileno())
         finally:
-            _close(fd)
+            _close(file)
 
     def remove(self, data: owned.Identity) -> list[str]:
         """The run has ended: remove its files, and no others that have taken their names.  `close` gives up the lock.
@@ -247,11 +256,11 @@ class Home:
             The paths of those that could not be removed.
         """
         left: list[str] = []
-        if self._fd >= 0:
+        if self._fd >= 0 and self._place is not None:
             # The journal goes first: without it nobody takes the data for a run that can be gone on with.
             for name, which in ((self.name + JOURNAL, owned.identity(self._fd)), (self.name + DATA, data)):
                 try:
-                    owned.remove(name, which, dir_fd=self._directory_fd)
+                    owned.remove(name, which, dir_fd=self._place.fileno())
                 except OSError:
                     left.append(os.path.join(self.directory, name))
         return left
@@ -263,38 +272,38 @@ class Home:
         """
         with self._guard:
             self._closing = True
-            fd = -1 if self._users else self._let_go()
-        _close(fd)
+            file = None if self._users else self._let_go()
+        _close(file)
 
-    def _let_go(self) -> int:
-        fd, self._fd = self._fd, -1
-        directory, self._directory_fd = self._directory_fd, -1
-        if fd >= 0:
+    def _let_go(self) -> OpenFile | None:
+        file, self._file = self._file, None
+        if file is not None and self._place is not None:
             with contextlib.suppress(OSError):
-                if not os.fstat(fd).st_size:
-                    owned.remove(self.name + JOURNAL, owned.identity(fd), dir_fd=directory)
-        _close(directory)
-        return fd
+                if not os.fstat(file.fileno()).st_size:
+                    owned.remove(self.name + JOURNAL, owned.identity(file.fileno()), dir_fd=self._place.fileno())
+            _close(self._place)
+        return file
 
-    def _open_locked(self) -> int:
+    def _open_locked(self) -> OpenFile:
         """The journal, made if it is missing, locked for this process alone."""
         while True:
-            fd = owned.open_owned(self.journal_path, makes=True)
+            file = owned.open_owned(self.journal_path, makes=True)
+            fd = file.fileno()
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if owned.is_at(self.journal_path, owned.identity(fd)):
-                    return fd
+                    return file
             except BlockingIOError:
                 holder = _holder(fd)
-                os.close(fd)
+                file.close()
                 raise ResumeError(
                     f"the run {self.name!r} in {self.directory} is going on in another sweep ({holder}); wait for "
                     "it, or give this one another name"
                 ) from None
             except BaseException:
-                os.close(fd)
+                file.close()
                 raise
-            os.close(fd)  # it was removed, by a run that ended, between being opened and being locked
+            file.close()  # it was removed, by a run that ended, between being opened and being locked
 
 
 def is_name(name: object) -> bool:
@@ -302,11 +311,11 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def _open_directory(directory: str) -> int:
+def _open_directory(directory: str) -> OpenFile:
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise UsageError(f"a run is to be made durable in {directory}, which {what}; make it first, or name another")
-    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    return open_file(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _holder(fd: int) -> str:
@@ -332,18 +341,18 @@ def begins_as_data(fd: int) -> bool:
     return not any(begin) or begin.startswith(DATA_MAGIC)
 
 
-def _close(fd: int) -> None:
+def _close(file: OpenFile | None) -> None:
     """What a closing file has to complain of comes too late to matter: what had to be durable was synced."""
-    if fd >= 0:
+    if file is not None:
         with contextlib.suppress(OSError):
-            os.close(fd)
+            file.close()
 
 
 def _leave_to_parent() -> None:
     for home in list(_homes):  # whose guard may be held by a thread that the child has not
-        _close(home._fd)
-        _close(home._directory_fd)
-        home._fd = home._directory_fd = -1
+        _close(home._file)
+        _close(home._place)
+        home._file = home._place = None
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)

@@ -16,7 +16,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -31,7 +32,7 @@ from longtape.errors import DamagedBlock, ResumeError, StorageError, UsageError
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.stock import Stock
-from longtape.protocols import Bytes, Durable, Job, Slot
+from longtape.protocols import Bytes, Durable, Job, Slot, Standing
 from longtape.tiers import owned
 from longtape.tiers.named import NamedDiskTier
 
@@ -56,6 +57,7 @@ class Resumable:
     """What `reach` returned before any step was run."""
     extra: bytes = b""
     seconds: float = DEFAULT_SECONDS
+    standing: Standing | None = None
 
 
 def found_begin(home: Home) -> Begin | None:
@@ -90,9 +92,9 @@ def forget(directory: str | os.PathLike[str], name: str, run_id: bytes) -> None:
         home.close()
 
 
-def check_seconds(seconds: float) -> float:
-    """The option as a number.  Raises `UsageError`."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+def check_seconds(seconds: Any) -> float:
+    """The option as a number, of Python or of a framework.  Raises `UsageError`."""
+    if isinstance(seconds, bool | str) or not hasattr(seconds, "__float__") or not float(seconds) > 0:
         raise UsageError(f"resume_seconds is the work in seconds that may be lost, more than 0; not {seconds!r}")
     return float(seconds)
 
@@ -142,6 +144,7 @@ class Keeper:
         """For which the run stood still to be made durable."""
         self.resumed_from: str | None = None
         self._aside = Aside("durable")
+        self._aside.start()  # which fails now, or never
         self._attempt: _Attempt | None = None
         self._stuck: threading.Event | None = None
         """Set once a read that was given up has ended, which until then may still fill our slot."""
@@ -224,6 +227,8 @@ class Keeper:
                 )
             if bool(point.rows) != bool(self._source.rows(0, 0)):
                 raise OddRecord(f"says that there are {'' if point.rows else 'no '}rows, which cannot be")
+            if bool(point.standing) != (self._resumable.standing is not None):
+                raise OddRecord(f"says that there are {'' if point.standing else 'no '}sums, which cannot be")
             self._known = {key: place.sequence for key, place in point.items.items()}
             entered = tier.enter(self._renamed(point).items())
             self._own = {key for key in entered if key.kind in (Kind.RESTART, Kind.PARTS)}
@@ -234,6 +239,8 @@ class Keeper:
             for stretch in point.rows:
                 # Only what is put back by this thread comes back in time, or not at all.
                 self._source.put_rows(stretch.start, stretch.stop, self._fetched(tier, stretch, "rows"))
+            if point.standing is not None and self._resumable.standing is not None:
+                self._resumable.standing.put_standing(self._fetched(tier, point.standing, "standing"))
         except BaseException:
             tier.close()
             raise
@@ -554,9 +561,7 @@ class Keeper:
     ) -> _Attempt:
         """Everything that a point holds; adds the keys it reserves to `fresh`."""
         old, source, tier = self._point, self._source, self.tier
-        point = Point(
-            old.reached, old.turned, old.adjoint, old.seed, list(old.rows), list(old.bars), count=old.count + 1
-        )
+        point = replace(old, rows=list(old.rows), bars=list(old.bars), items={}, count=old.count + 1)
         blocks: list[tuple[Key, Bytes]] = []
 
         def parts(what: str, arrays: list[Bytes], start: int, stop: int) -> Stretch | None:
@@ -571,11 +576,14 @@ class Keeper:
                 blocks.append((key, data))
             return stretch
 
-        changes: dict[str, Stretch | None] = {"adjoint": None, "rows": None, "bars": None}
+        changes: dict[str, Stretch | None] = {"adjoint": None, "rows": None, "bars": None, "standing": None}
         if reached is not None:
             point.reached, point.turned = reached, is_final
             if reached > self._rows_from:
                 changes["rows"] = parts("rows", source.rows(self._rows_from, reached), self._rows_from, reached)
+            if self._resumable.standing is not None:
+                found = self._resumable.standing.standing()
+                changes["standing"] = point.standing = parts("standing", found, reached, reached)
         if adjoint and (old.adjoint is None or old.adjoint.start != self._adjoint_at):
             changes["adjoint"] = point.adjoint = parts("adjoint", source.adjoint(), self._adjoint_at, self._adjoint_at)
             point.seed = self._seed
@@ -600,8 +608,7 @@ class Keeper:
 
     def _needed(self, point: Point, state: int | None) -> list[Key]:
         """The items of our own that this point needs."""
-        stretches = [*point.rows, *point.bars] + ([] if point.adjoint is None else [point.adjoint])
-        keys = [key for stretch in stretches for key in stretch.names()]
+        keys = [key for stretch in point.stretches for key in stretch.names()]
         restarts = {key for key in self._own if key.kind is Kind.RESTART}
         if not self._keeps_all:
             newest = max((key.step for key in restarts if key != self._final), default=None)
@@ -682,6 +689,10 @@ class Keeper:
         self.faults.append(message)
 
     # The end -----------------------------------------------------------------------------------
+
+    def last_words(self) -> Callable[[], None]:
+        """Closes what a keeper that nobody refers to leaves behind, without a reference to it; waits for nothing."""
+        return partial(self._aside.let_go, self._home.close)
 
     def stop(self) -> None:
         """Let the point under way end; no further one is made.  Idempotent; before the tier is closed."""

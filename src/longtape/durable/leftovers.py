@@ -111,11 +111,11 @@ def remove_leftover(left: Leftover) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
-    fd = owned.open_owned(path, writes=False)
+    file = owned.open_owned(path)
     try:
-        yield fd
+        yield file.fileno()
     finally:
-        os.close(fd)
+        file.close()
 
 
 def _can_lock(fd: int) -> bool:

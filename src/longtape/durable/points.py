@@ -67,14 +67,21 @@ class Point:
     """What the forward sweep has produced."""
     bars: list[Stretch] = field(default_factory=list)
     """What the reverse sweep has produced."""
+    standing: Stretch | None = None
+    """What the forward sweep updates beside the state, as it stood at `reached`."""
     items: dict[Key, Place] = field(default_factory=dict)
     count: int = 0
     """How many points there were."""
 
     @property
+    def stretches(self) -> list[Stretch]:
+        """All that it names."""
+        return [*self.rows, *self.bars, *(stretch for stretch in (self.adjoint, self.standing) if stretch)]
+
+    @property
     def parts(self) -> int:
         """How many parts its stretches name."""
-        return sum(s.count for s in [*self.rows, *self.bars, *([self.adjoint] if self.adjoint else [])])
+        return sum(stretch.count for stretch in self.stretches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +175,13 @@ def _costs(found: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def point_header(
-    point: Point, *, anew: bool, adjoint: Stretch | None, rows: Stretch | None, bars: Stretch | None
+    point: Point,
+    *,
+    anew: bool = False,
+    adjoint: Stretch | None = None,
+    rows: Stretch | None = None,
+    bars: Stretch | None = None,
+    standing: Stretch | None = None,
 ) -> dict[str, Any]:
     """The JSON part of a record: what has changed in it, not all that holds; `anew`: the reverse sweep began again."""
     return {
@@ -180,6 +193,7 @@ def point_header(
         "adjoint": None if adjoint is None else asdict(adjoint),
         "rows": None if rows is None else asdict(rows),
         "bars": None if bars is None else asdict(bars),
+        "standing": None if standing is None else asdict(standing),
     }
 
 
@@ -221,7 +235,7 @@ def read_point(records: Iterable[Record], begin: Begin, *, most: int) -> Point:
 
 def _parts_of(record: Record) -> int:
     """How many parts a record adds, at most."""
-    found = [record.header.get(name) for name in ("adjoint", "rows", "bars")]
+    found = [record.header.get(name) for name in ("adjoint", "rows", "bars", "standing")]
     return sum(stretch["count"] for stretch in found if stretch)
 
 
@@ -244,11 +258,12 @@ def apply_header(point: Point, record: Record) -> None:
         raise OddRecord(f"says that step {reached!r:.60} was reached, and turned {turned!r:.20}, which cannot be")
     if not (seed is None or isinstance(seed, str)):
         raise OddRecord(f"says that the adjoint began with {seed!r:.60}, which cannot be")
-    adjoint, rows, bars = (_stretch(header[name]) for name in ("adjoint", "rows", "bars"))
+    adjoint, rows, bars, standing = (_stretch(header[name]) for name in ("adjoint", "rows", "bars", "standing"))
     if seed != point.seed or anew:
         point.adjoint, point.bars = None, []
     point.reached, point.turned, point.seed = reached, turned, seed
     point.adjoint = adjoint or point.adjoint
+    point.standing = standing or point.standing
     point.rows += [rows] if rows else []
     point.bars += [bars] if bars else []
     point.count += 1
@@ -285,5 +300,5 @@ def _stretch(found: Any) -> Stretch | None:
     raise OddRecord(f"says that parts of it are {found!r:.100}, which cannot be")
 
 
-_POINT_NAMES = sorted(["reached", "turned", "seed", "anew", "adjoint", "rows", "bars"])
+_POINT_NAMES = sorted(["reached", "turned", "seed", "anew", "adjoint", "rows", "bars", "standing"])
 _STRETCH_NAMES = sorted(f.name for f in fields(Stretch))

@@ -52,7 +52,7 @@ class Again:
 
     def _run(self, start: int, stop: int) -> dict[str, str]:
         try:
-            self.job.advance(start, stop)
+            self.source.run_again(start, stop)
         except Exception as error:
             error.add_note(f"longtape: while steps {start} to {stop - 1} of the run that is resumed were run again")
             raise

@@ -105,6 +105,9 @@ def of_point(point: Point, steps: int, window: int) -> str | None:
             return f"that rows {rows.start:,} to {rows.stop:,} of {steps:,} come after row {before:,}"
         if rows.stop < point.reached:
             return f"that there are {rows.stop:,} rows, and step {point.reached:,} was reached"
+    standing = point.standing
+    if standing is not None and not standing.start == standing.stop == point.reached:
+        return f"that sums are of steps {standing.start:,} to {standing.stop:,}, and step {point.reached:,} was reached"
     return _of_adjoint(point, steps, window)
 
 
@@ -138,7 +141,7 @@ def of_items(point: Point, steps: int, window: int, block: int) -> str | None:
         if place.offset < end or place.offset % block:
             return f"that {key} lies at byte {place.offset:,}, in the place of another item"
         end = place.offset + place.reserved
-    names = sorted((s.first, s.count) for s in [*point.rows, *point.bars, *([point.adjoint] if point.adjoint else [])])
+    names = sorted((stretch.first, stretch.count) for stretch in point.stretches)
     for (first, count), (after, _) in pairwise(names):
         if first + count > after:
             return f"that part {after:,} belongs to two stretches"

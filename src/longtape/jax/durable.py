@@ -77,6 +77,10 @@ class DurableLoop:
         """The carry."""
         return [(name, bytes_of(leaf)) for name, leaf in zip(self._names, self._job.carry, strict=True)]
 
+    def run_again(self, start: int, stop: int) -> None:
+        """The ys are there, and written no more."""
+        self._job.advance(start, stop)
+
     def put_initial(self, slot: Slot) -> None:
         """The caller's init is still there."""
         self._job.load_initial()

@@ -15,8 +15,8 @@ import os
 import stat
 
 from longtape.errors import ResumeError
+from longtape.tiers.openfile import OpenFile, open_file
 
-_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 _FOREIGN = (errno.ELOOP, errno.ENXIO, errno.EISDIR)
 """What `open` says of symbolic links, sockets and directories."""
 
@@ -24,26 +24,25 @@ Identity = tuple[int, int]
 """Of a file, as long as it is open: its device and number."""
 
 
-def open_owned(path: str, *, writes: bool = True, makes: bool = False, dir_fd: int | None = None) -> int:
+def open_owned(path: str, *, makes: bool = False) -> OpenFile:
     """Open a file that is there, or made if it is missing.
 
     Raises:
         ResumeError: It is not a file of this user alone; says why.
         OSError: The system refuses.
     """
-    flags = _FLAGS | (os.O_RDWR if writes else os.O_RDONLY) | (os.O_CREAT if makes else 0)
     try:
-        fd = os.open(path, flags, 0o600, dir_fd=dir_fd)
+        file = open_file(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if makes else 0))
     except OSError as error:
         if error.errno in _FOREIGN:
             raise ResumeError(f"{path} is no regular file; move it, or use another name") from None
         raise
     try:
-        require_owned(fd, path)
+        require_owned(file.fileno(), path)
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
-    return fd
+    return file
 
 
 def require_owned(fd: int, path: str) -> None:

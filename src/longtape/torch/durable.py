@@ -125,6 +125,10 @@ class DurableScan:
             [*found, ("state of random generators", bytes_of(job.randomness.state()))] if job.randomness.used else found
         )
 
+    def run_again(self, start: int, stop: int) -> None:
+        """The ys are there, and written no more."""
+        self._job.advance(start, stop)
+
     def put_initial(self, slot: Slot) -> None:
         """The caller's init is still there."""
         self._job.load_initial()
