@@ -27,7 +27,7 @@ from longtape.durable.journal import Journal, Record
 from longtape.errors import ResumeError, StorageError, UsageError
 from longtape.tiers import owned
 from longtape.tiers.block import MAGIC as DATA_MAGIC
-from longtape.tiers.openfile import OpenFile, open_file
+from longtape.tiers.openfile import OpenFile
 
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
@@ -71,21 +71,15 @@ class Home:
         self._guard = threading.Lock()
         self._users, self._closing = 0, False
         self._file: OpenFile | None = None
-        self._place: OpenFile | None = None
-        """The directory."""
         try:
-            self._place = _open_directory(self.directory)
+            _require_directory(self.directory)
             self._file = self._open_locked()
         except OSError as error:
-            _close(self._place)
             if error.errno in _UNUSABLE:
                 raise UsageError(f"{self.directory} cannot hold a resumable run: {error.strerror}; {_OTHER}") from error
             raise StorageError(
                 error.errno, f"{self.directory} cannot hold a resumable run: {error.strerror}; {_OTHER}"
             ) from error
-        except BaseException:
-            _close(self._place)
-            raise
         _homes.add(self)
         try:
             self._read()
@@ -176,8 +170,11 @@ class Home:
 
     def sync_directory(self) -> None:
         """Make the names of the files durable.  Raises `OSError`."""
-        assert self._place is not None
-        os.fsync(self._place.fileno())
+        fd = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def is_in_place(self, data: owned.Identity) -> bool:
         """Whether the journal and this data file still have their names in the directory that was named."""
@@ -198,7 +195,6 @@ class Home:
             self._closing = False
         if self._fd < 0:
             try:
-                self._place = _open_directory(self.directory)
                 self._file = self._open_locked()
                 self._reread()
             except OSError as error:
@@ -225,8 +221,8 @@ class Home:
             os.fdatasync(self._fd)
             self.first, self.is_damaged, self.is_believed = None, False, True
             self._end = self._count = 0
-            if data is not None and self._place is not None:
-                owned.remove(self.name + DATA, data, dir_fd=self._place.fileno())
+            if data is not None:
+                owned.remove(self.data_path, data)
         except OSError as error:
             raise StorageError(
                 error.errno,
@@ -246,23 +242,24 @@ class Home:
         finally:
             _close(file)
 
-    def remove(self, data: owned.Identity) -> list[str]:
+    def remove(self, data_fd: int) -> list[str]:
         """The run has ended: remove its files, and no others that have taken their names.  `close` gives up the lock.
 
         Args:
-            data: Which file the data is in; still open.
+            data_fd: Of the file that the data is in.
 
         Returns:
             The paths of those that could not be removed.
         """
         left: list[str] = []
-        if self._fd >= 0 and self._place is not None:
+        if self._fd >= 0:
             # The journal goes first: without it nobody takes the data for a run that can be gone on with.
-            for name, which in ((self.name + JOURNAL, owned.identity(self._fd)), (self.name + DATA, data)):
+            for fd, otherwise in ((self._fd, self.journal_path), (data_fd, self.data_path)):
+                path = owned.where(fd, otherwise)
                 try:
-                    owned.remove(name, which, dir_fd=self._place.fileno())
+                    owned.remove(path, owned.identity(fd))
                 except OSError:
-                    left.append(os.path.join(self.directory, name))
+                    left.append(path)
         return left
 
     def close(self) -> None:
@@ -277,11 +274,10 @@ class Home:
 
     def _let_go(self) -> OpenFile | None:
         file, self._file = self._file, None
-        if file is not None and self._place is not None:
+        if file is not None:
             with contextlib.suppress(OSError):
                 if not os.fstat(file.fileno()).st_size:
-                    owned.remove(self.name + JOURNAL, owned.identity(file.fileno()), dir_fd=self._place.fileno())
-            _close(self._place)
+                    owned.remove(self.journal_path, owned.identity(file.fileno()))
         return file
 
     def _open_locked(self) -> OpenFile:
@@ -311,11 +307,10 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def _open_directory(directory: str) -> OpenFile:
+def _require_directory(directory: str) -> None:
     if not os.path.isdir(directory):
         what = "is not a directory" if os.path.exists(directory) else "does not exist"
         raise UsageError(f"a run is to be made durable in {directory}, which {what}; make it first, or name another")
-    return open_file(directory, os.O_RDONLY | os.O_DIRECTORY)
 
 
 def _holder(fd: int) -> str:
@@ -351,8 +346,7 @@ def _close(file: OpenFile | None) -> None:
 def _leave_to_parent() -> None:
     for home in list(_homes):  # whose guard may be held by a thread that the child has not
         _close(home._file)
-        _close(home._place)
-        home._file = home._place = None
+        home._file = None
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)

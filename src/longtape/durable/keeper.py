@@ -706,7 +706,7 @@ class Keeper:
     def finish(self) -> None:
         """The run has ended well: remove its files.  Before the tier is closed, which gives back their room."""
         self.stop()
-        left = self._home.remove(self._data)
+        left = self._home.remove(self.tier.fileno())
         if left:
             self._fault(
                 f"{' and '.join(left)} could not be removed; remove what is left with "

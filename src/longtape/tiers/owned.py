@@ -76,19 +76,27 @@ def identity(fd: int) -> Identity:
     return found.st_dev, found.st_ino
 
 
-def is_at(path: str, which: Identity, *, dir_fd: int | None = None) -> bool:
+def is_at(path: str, which: Identity) -> bool:
     """Whether this file has the name now.  Raises `OSError` where the system cannot tell."""
     try:
-        there = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        there = os.stat(path, follow_symlinks=False)
     except (FileNotFoundError, NotADirectoryError):
         return False
     return (there.st_dev, there.st_ino) == which
 
 
-def remove(path: str, which: Identity, *, dir_fd: int | None = None) -> bool:
+def where(fd: int, otherwise: str) -> str:
+    """The path that an open file has now, wherever it was moved, as far as the system tells."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return otherwise
+
+
+def remove(path: str, which: Identity) -> bool:
     """Remove this file, if it still has the name; whether it did.  Raises `OSError`."""
-    if not is_at(path, which, dir_fd=dir_fd):
+    if not is_at(path, which):
         return False
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(path, dir_fd=dir_fd)
+        os.unlink(path)
     return True
