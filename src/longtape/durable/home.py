@@ -242,22 +242,23 @@ class Home:
         finally:
             _close(file)
 
-    def remove(self, data_fd: int) -> list[str]:
+    def remove(self, data: owned.Identity) -> list[str]:
         """The run has ended: remove its files, and no others that have taken their names.  `close` gives up the lock.
 
         Args:
-            data_fd: Of the file that the data is in.
+            data: Which file the data is in.
 
         Returns:
             The paths of those that could not be removed.
         """
         left: list[str] = []
         if self._fd >= 0:
+            journal_path = owned.where(self._fd, self.journal_path)
+            data_path = os.path.join(os.path.dirname(journal_path), self.name + DATA)
             # The journal goes first: without it nobody takes the data for a run that can be gone on with.
-            for fd, otherwise in ((self._fd, self.journal_path), (data_fd, self.data_path)):
-                path = owned.where(fd, otherwise)
+            for path, which in ((journal_path, owned.identity(self._fd)), (data_path, data)):
                 try:
-                    owned.remove(path, owned.identity(fd))
+                    owned.remove(path, which)
                 except OSError:
                     left.append(path)
         return left

@@ -706,7 +706,8 @@ class Keeper:
     def finish(self) -> None:
         """The run has ended well: remove its files.  Before the tier is closed, which gives back their room."""
         self.stop()
-        left = self._home.remove(self.tier.fileno())
+        self._is_lost()
+        left = self._home.remove(self._data)
         if left:
             self._fault(
                 f"{' and '.join(left)} could not be removed; remove what is left with "
@@ -715,8 +716,10 @@ class Keeper:
         self._home.close()
 
     def close(self) -> None:
-        """The run is given up: leave its files, to be gone on with."""
+        """The run is given up: leave its files, to be gone on with, if there is anything to go on from."""
         self.stop()
+        if self._begin_header is not None:
+            self._home.remove(self._data)
         self._home.close()
 
 
