@@ -121,6 +121,11 @@ def _made(text: str, values: Values) -> dict[str, Any]:
     return module.__dict__
 
 
+def _report(told: list[Any]) -> Any:
+    """What a hook was told: a report, or with older versions the run that has it."""
+    return getattr(told[0], "report", told[0]) if told else None
+
+
 COMMON = """
 import numpy as np
 from dataclasses import dataclass
@@ -298,7 +303,7 @@ def _torch(capture: bool) -> Callable[..., tuple[bytes, Any]]:
         wanted = [tensor for tensor in wanted if tensor.requires_grad]
         found = torch.autograd.grad(carry.sum() + (ys**2).mean(), wanted)
         bits = b"".join(tensor.detach().numpy().tobytes() for tensor in [carry, ys, *found])
-        return bits, told[0].report if told else None
+        return bits, _report(told)
 
     return run
 
@@ -376,7 +381,7 @@ def _jax(values: Values, directory: str | None, stopper: Stopper) -> tuple[bytes
         return carry.sum() + (ys**2).mean()
 
     bars = jax.grad(loss, argnums=(0, 1) if values["xs_wanted"] else 0)(init, xs)
-    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(bars)), told[0].report
+    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(bars)), _report(told)
 
 
 JAX_VALUES = {**VALUES, "notes": numbers, "host_default": number, "xs": seed, "xs_wanted": flag}

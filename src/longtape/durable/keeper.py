@@ -487,7 +487,8 @@ class Keeper:
             try:
                 adjoint = self._fetched(self.tier, point.adjoint, "adjoint")
                 bars = [(stretch, self._fetched(self.tier, stretch, "bars")) for stretch in point.bars]
-                if bool(bars) != bool(self._source.bars(self._steps, self._steps)):
+                has_begun = point.adjoint.start < self._steps
+                if has_begun and bool(bars) != bool(self._source.bars(self._steps, self._steps)):
                     raise DamagedBlock("cotangents of rows are missing")
             except OSError as error:
                 self._fault(f"the adjoint cannot be read back, so the reverse sweep begins anew: {error}")
