@@ -62,7 +62,7 @@ class HiddenRecording(FromOutside, Recording):
 @pytest.fixture(autouse=True)
 def gain(monkeypatch):
     monkeypatch.setenv(NAME, "1.0")
-    yield lambda value: monkeypatch.setenv(NAME, value)
+    return lambda value: monkeypatch.setenv(NAME, value)
 
 
 def by_sweep(directory, after=None, costs=STORING, slots=5, kind=Hidden):

@@ -31,7 +31,8 @@ from longtape.tiers.openfile import OpenFile
 
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
-_PAGE = 4096
+_SECTOR = 512
+"""Of a disk: the power may go when only some of those of a write are there."""
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _OTHER = "name another directory"
 _homes: weakref.WeakSet[Home] = weakref.WeakSet()
@@ -327,13 +328,13 @@ def _holder(fd: int) -> str:
 
 def begins_as_journal(fd: int) -> bool:
     """Whether a journal without one sound record is ours: empty, torn while it was begun, damaged later, or zeros."""
-    begin = journal.exactly(fd, min(_PAGE, os.fstat(fd).st_size), 0)
+    begin = journal.exactly(fd, min(_SECTOR, os.fstat(fd).st_size), 0)
     return not any(begin) or journal.MAGIC.startswith(begin) or journal.begins_sound(begin)
 
 
 def begins_as_data(fd: int) -> bool:
     """The same of the other file."""
-    begin = journal.exactly(fd, min(_PAGE, os.fstat(fd).st_size), 0)
+    begin = journal.exactly(fd, min(_SECTOR, os.fstat(fd).st_size), 0)
     return not any(begin) or begin.startswith(DATA_MAGIC)
 
 

@@ -160,9 +160,9 @@ class Keeper:
         self._lost = False
         self.snapshots: set[int] = set()
         self.residuals: set[int] = set()
-        if self.begin is not None:
-            self._check(self.begin)
         try:
+            if self.begin is not None:
+                self._check(self.begin)
             self.tier = self._open_tier(limit)
         except BaseException:
             self._aside.close(0.0)
