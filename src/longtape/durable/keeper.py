@@ -11,6 +11,7 @@ is durable.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -196,17 +197,13 @@ class Keeper:
                 return self._take_up(self.begin, limit)
             except OddRecord as error:
                 raise odd(self._home, error) from None
-            except (DamagedBlock, FileNotFoundError) as error:
-                self.snapshots, self.residuals = set(), set()
-                lost = f"what an earlier process has made durable cannot be used: {error}"
             except UnreadableJournal:
                 raise
-            except StorageError as error:  # which says nothing of what is there: another call may go on with it
-                raise StorageError(
-                    error.errno,
-                    f"what an earlier process has made durable cannot be read now: {error}; try again, or remove it "
-                    f"(longtape clean {self._home.directory})",
-                ) from error
+            except StorageError as error:
+                if not isinstance(error, DamagedBlock) and error.errno != errno.ENOENT:
+                    raise self._unreadable(error) from error
+                self.snapshots, self.residuals = set(), set()
+                lost = f"what an earlier process has made durable cannot be used: {error}"
         self.begin, self._point = None, Point()
         self._known, self._own, self._serial = {}, set(), 0
         self._home.clear()
@@ -215,6 +212,14 @@ class Keeper:
         self._run_id = os.urandom(16)
         self._journal = self._home.journal(self._run_id)
         return NamedDiskTier(self._home.data_path, run_id=self._run_id, is_new=True, limit=limit)
+
+    def _unreadable(self, error: StorageError) -> StorageError:
+        """Which says nothing of what is there: another call may go on with it."""
+        return StorageError(
+            error.errno,
+            f"what an earlier process has made durable cannot be read now: {error}; try again, or remove it "
+            f"(longtape clean {self._home.directory})",
+        )
 
     def _take_up(self, begin: Begin, limit: int | None) -> NamedDiskTier:
         point, self._run_id = self._point, begin.run_id
@@ -225,9 +230,9 @@ class Keeper:
                     f"was written in blocks of {begin.block} bytes, and this disk wants {tier.block_nbytes}; go on "
                     "with it on a disk such as it was begun on"
                 )
-            if bool(point.rows) != bool(self._source.rows(0, 0)):
+            if point.count and bool(point.rows) != bool(self._source.rows(0, 0)):
                 raise OddRecord(f"says that there are {'' if point.rows else 'no '}rows, which cannot be")
-            if bool(point.standing) != (self._resumable.standing is not None):
+            if point.count and bool(point.standing) != (self._resumable.standing is not None):
                 raise OddRecord(f"says that there are {'' if point.standing else 'no '}sums, which cannot be")
             self._known = {key: place.sequence for key, place in point.items.items()}
             entered = tier.enter(self._renamed(point).items())
