@@ -22,6 +22,8 @@ from torch.utils import _pytree as pytree
 from longtape.errors import StepError
 from longtape.torch.closures import Closures, Created
 from longtape.torch.compiling import uncompiled
+from longtape.torch.contract import another_structure, not_a_pair
+from longtape.torch.defaults import Defaults
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure, flatten
 
@@ -29,7 +31,7 @@ Cotangents = list[torch.Tensor | None]
 
 
 class Ambient:
-    """The autocast state at the time of the call, to be the same whenever a step runs again."""
+    """Autocast and PyTorch's defaults at the time of the call, to be the same whenever a step runs again."""
 
     def __init__(self, devices: Iterable[str]) -> None:
         self._settings = [
@@ -37,10 +39,11 @@ class Ambient:
             for device in sorted(set(devices))
         ]
         self._cache = torch.is_autocast_cache_enabled()
+        self.defaults = Defaults()
         self.is_trivial = not any(enabled for _, _, enabled in self._settings)
 
     def __call__(self) -> ExitStack:
-        stack = ExitStack()
+        stack = self.defaults.restored()
         if self.is_trivial and not any(torch.is_autocast_enabled(device) for device, _, _ in self._settings):
             return stack
         for device, dtype, enabled in self._settings:
@@ -106,7 +109,7 @@ class EagerStep:
         versions = _versions(carry), _versions(x)
         result = self._step(self._carry.build(carry), self._inputs.structure.build(x))
         if not isinstance(result, tuple) or len(result) != 2:
-            raise StepError(f"step {index} must return (carry, y), not {type(result).__name__}")
+            raise StepError(not_a_pair(index, result))
         carry_out = self._check_carry(index, result[0], carry)
         y_out = self._check_y(index, result[1])
         if _versions(x) != versions[1]:
@@ -117,12 +120,12 @@ class EagerStep:
     def _check_carry(self, index: int, tree: Any, carry: Leaves) -> Leaves:
         leaves, structure = flatten(tree)
         if structure != self._carry:
-            raise StepError(
-                f"step {index} returned a carry of another structure: {structure.spec} instead of {self._carry.spec}"
-            )
+            raise StepError(another_structure(index, tree, self._carry))
         for position, (leaf, before) in enumerate(zip(leaves, carry, strict=True)):
             if not isinstance(leaf, torch.Tensor):
                 raise StepError(f"step {index} returned a {type(leaf).__name__} as carry leaf {position}, not a tensor")
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                raise StepError(f"step {index} returned carry leaf {position} {_as_no_array(leaf)}")
             if leaf.shape != before.shape or leaf.dtype != before.dtype or leaf.device != before.device:
                 raise StepError(
                     f"step {index} changed carry leaf {position} from {before.dtype}{list(before.shape)} on "
@@ -134,7 +137,11 @@ class EagerStep:
         leaves, structure = flatten(tree)
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
-                raise StepError(f"step {index} returned a {type(leaf).__name__} in y, not a tensor")
+                raise StepError(
+                    f"step {index} returned a {type(leaf).__name__} in y, not a tensor; use torch.as_tensor"
+                )
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                raise StepError(f"step {index} returned a leaf of y {_as_no_array(leaf)}")
         like = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if self._y_like is None:
             self.y, self._y_like = structure, like
@@ -259,7 +266,7 @@ class EagerStep:
         if not outputs or not targets:
             found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
         else:
-            found = iter(torch.autograd.grad(outputs, targets, seeds, allow_unused=True))
+            found = iter(_gradients(tape.step, outputs, targets, seeds))
         bars = [next(found) if leaf.requires_grad else None for leaf in tape.carry_in + tape.x_in]
         for tensor, gradient in zip(self._closed, found, strict=True):
             if gradient is not None:
@@ -283,6 +290,18 @@ class EagerStep:
         return [self._gradients.get(id(tensor)) for tensor in self._closed]
 
 
+def _gradients(index: int, outputs: Leaves, targets: Leaves, seeds: Leaves) -> tuple[torch.Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(outputs, targets, seeds, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise StepError(
+            f"step {index} calls torch.utils.checkpoint with use_reentrant=True, which works under .backward() only, "
+            "while a scan asks autograd for the gradients of one step at a time; pass use_reentrant=False"
+        ) from error
+
+
 class _StandIns(TorchFunctionMode):
     """Replaces tensors by others wherever they are an argument."""
 
@@ -295,6 +314,11 @@ class _StandIns(TorchFunctionMode):
             torch.Tensor, lambda tensor: self._by_identity.get(id(tensor), tensor), (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+def _as_no_array(leaf: torch.Tensor) -> str:
+    layout = "as a nested tensor" if leaf.is_nested else f"in the layout {leaf.layout}"
+    return f"{layout}; what a scan keeps and stacks is dense: return its values, or .to_dense()"
 
 
 def _versions(leaves: Leaves) -> list[int]:

@@ -103,16 +103,37 @@ def as_inputs(xs: Any, length: int | None) -> tuple[Inputs, int]:
     Raises:
         UsageError: No length can be told, or the two disagree.
     """
-    inputs = _understand(xs)
-    if inputs.length is None and length is None:
-        raise UsageError("give xs, or length= when xs is None or empty")
     if length is not None:
         length = _as_integer(length)
+    inputs = _understand(xs)
+    if isinstance(xs, list) and inputs.stacked and inputs.length != length:
+        raise UsageError(_ambiguous(xs, inputs.length))
+    if inputs.length is None and length is None:
+        raise UsageError("give xs, or length= when xs is None or empty")
     if inputs.length is not None and length is not None and inputs.length != length:
         raise UsageError(f"length={length}, but xs has {inputs.length} steps")
     steps = inputs.length if inputs.length is not None else length
     assert steps is not None
     return inputs, steps
+
+
+def check_init(position: int, leaf: Any) -> None:
+    """Raise unless this can be a leaf of the carry."""
+    if not isinstance(leaf, torch.Tensor):
+        raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if not _can_be_indexed(leaf):
+        raise UsageError(
+            f"init leaf {position} has the layout {leaf.layout}{' and is nested' * leaf.is_nested}; a carry is kept as "
+            "bytes, so its tensors are dense: carry .to_dense(), or the values alone and close over the rest"
+        )
+
+
+def _ambiguous(xs: list[Any], steps: int | None) -> str:
+    return (
+        f"xs is a list of {len(xs)}: {len(xs)} steps, or as in JAX a pytree of tensors with {steps} steps? "
+        "For one item a step pass torch.stack(xs), or an object with len() and indexing; "
+        f"for a pytree pass a tuple, or add length={steps}"
+    )
 
 
 def _as_integer(length: Any) -> int:
@@ -126,6 +147,12 @@ def _understand(xs: Any) -> Inputs:
     if xs is None:
         return NoInputs()
     leaves, _ = flatten(xs)
+    odd = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not _can_be_indexed(leaf)), None)
+    if odd is not None:
+        raise UsageError(
+            f"xs holds a tensor of layout {odd.layout}; stacked xs are dense, one row a step: use xs.to_dense(), or "
+            "close over it and pass what selects its part"
+        )
     if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return StackedInputs(xs)
     if len(leaves) == 1 and leaves[0] is xs and hasattr(xs, "__len__") and hasattr(xs, "__getitem__"):
@@ -134,3 +161,7 @@ def _understand(xs: Any) -> Inputs:
     raise UsageError(
         f"xs must be a pytree of tensors, or one object with len() and indexing; it holds a {type(odd).__name__}"
     )
+
+
+def _can_be_indexed(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested

@@ -23,7 +23,7 @@ from longtape.protocols import Bytes, Floats, Slot
 from longtape.torch.agreement import agree, same_bits
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
-from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
+from longtape.torch.eager import Cotangents, EagerStep, Tape, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.memory import held_by

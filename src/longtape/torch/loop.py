@@ -15,7 +15,7 @@ from longtape.compose import Hooks, Run, Settings, refuse_lossy_verification
 from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
-from longtape.torch.inputs import NoInputs
+from longtape.torch.inputs import NoInputs, check_init
 from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
 
@@ -81,8 +81,7 @@ def while_loop(
     """
     leaves, carry = flatten(init)
     for position, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+        check_init(position, leaf)
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
     if verify:

@@ -37,10 +37,12 @@ from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import DurableScan, bytes_of
 from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
+from longtape.torch.empty import scan_nothing
 from longtape.torch.graphs import CaptureFailed
-from longtape.torch.inputs import Inputs, as_inputs
+from longtape.torch.inputs import Inputs, as_inputs, check_init
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob
 from longtape.torch.linked import Linked
+from longtape.torch.memory import without_hooks
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
@@ -95,8 +97,8 @@ def scan(
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
             as needed and never held whole;
-            or None, with `length`.
-        length: The number of steps, where `xs` does not tell it.
+            or None, with `length`.  A list of tensors is ambiguous, and refused unless `length` is given.
+        length: The number of steps, where `xs` does not tell it.  With none the carry is returned as it is.
         memory: Most bytes held for snapshots, residuals and staging together, such as
             ``"64MiB"``.  The step's own working set is not counted, nor are `xs`, the stacked
             ys and the gradients returned.  For a carry on a CUDA device this is memory of the device.
@@ -151,10 +153,9 @@ def scan(
     inputs, steps = as_inputs(xs, length)
     init_leaves, carry = flatten(init)
     for position, leaf in enumerate(init_leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if steps < 1:
-        raise UsageError(f"a scan needs at least one step, not {steps}")
+        check_init(position, leaf)
+    if steps < 0:
+        raise UsageError(f"length={steps}: a scan cannot have fewer than no steps")
     if verify:
         refuse_lossy_verification(compress)
     settings = Settings(
@@ -167,6 +168,8 @@ def scan(
         stuck_seconds=stuck_seconds,
     )
     where = Where.of(init_leaves, memory, host_memory, pipes=disk is not None or tier is not None)
+    if steps == 0:
+        return scan_nothing(step, init, inputs)
     call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report), where)
     call.names = paths(init, "carry") if verify else None
     call.use_graphs(capture, compiles=compile, pays=steps >= CAPTURED_FROM)
@@ -292,7 +295,8 @@ class Call:
             if self._finds_none(job):
                 return self._results(job, job.carry, job.outputs.leaves or [])
         self.inputs.check_repeatable()
-        self.pending = self._forward()
+        with without_hooks():
+            self.pending = self._forward()
         job = self.pending.job
         self.closed = job.stepper.closed_over()
         given = [*self.init, *self.inputs.stacked, *self.closed]
@@ -483,7 +487,8 @@ class Call:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
         after = self._randomness.state()
         try:
-            return self._reverse(carry_bar, ys_bar, wants)
+            with without_hooks():
+                return self._reverse(carry_bar, ys_bar, wants)
         except (CaptureFailed, RoomExceeded) as error:
             # What was pulled back so far is dropped with its job, and the sweeps are run again.
             self.captures = False
@@ -504,7 +509,7 @@ class Call:
         job = pending.job
         first, second = len(self.init), len(self.init) + len(self.inputs.stacked)
         ambient = self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext()
-        with self._around(job), ambient, closed_if_it_fails(pending.run):
+        with self._around(job), self._ambient.defaults.restored(), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
