@@ -271,11 +271,7 @@ def test_after_a_step_that_failed_in_an_operator_nothing_is_broken(capture: bool
 
     with pytest.raises(Exception, match="no"):
         scan(
-            lambda h, _: (torch.cond(h.sum() > 9, fails, fails, (h,)), None),
-            leaf(3),
-            length=4,
-            capture=capture,
-            **SMALL,
+            lambda h, _: (torch.cond(h.sum() > 9, fails, fails, (h,)), None), leaf(3), None, 4, capture=capture, **SMALL
         )
 
 
