@@ -136,10 +136,31 @@ def test_a_carry_xs_or_y_that_is_no_array_is_refused_in_words(make: Any) -> None
         scan(lambda h, _: (h, None), make(dense), length=3, **SMALL)
     with pytest.raises(UsageError, match="xs.*dense"):
         scan(lambda h, _: (h, None), leaf(3), make(dense), **SMALL)
-    with pytest.raises(StepError, match=r"y .*dense"):
+    with pytest.raises(StepError, match=r"in y .*dense"):
         scan(lambda h, _: (h, make(dense)), leaf(3), length=3, **SMALL)
     with pytest.raises(StepError, match=r"carry leaf 0 .*dense"):
         scan(lambda h, _: (make(h.detach()), None), leaf(3, 3), length=3, **SMALL)
+
+
+class Tagged(torch.Tensor):
+    """A subclass, which bytes do not tell from a plain tensor."""
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_carry_of_a_subclass_is_refused(capture: bool) -> None:
+    with pytest.raises(UsageError, match=r"init leaf 0 is a Tagged.*as_subclass"):
+        scan(lambda h, _: (h * 2, None), torch.ones(3).as_subclass(Tagged), length=3, capture=capture, **SMALL)
+    with pytest.raises(StepError, match=r"step 0 .*carry leaf 0 a Tagged.*as_subclass"):
+        scan(lambda h, _: (h.as_subclass(Tagged), None), leaf(3), length=3, capture=capture, **SMALL)
+
+
+def test_xs_may_be_a_dataset() -> None:
+    rows = torch.randn(6, 3, dtype=torch.float64)
+    dataset = torch.utils.data.TensorDataset(rows, 2 * rows)
+    carry, _ = scan(lambda h, x: (torch.sin(h) + x[0] * x[1], None), leaf(3), dataset, **SMALL)
+    assert carry.requires_grad
+    with pytest.raises(UsageError, match=r"indexing; it holds a DataLoader"):
+        scan(add, leaf(3), torch.utils.data.DataLoader(dataset), **SMALL)
 
 
 def expanded() -> torch.Tensor:

@@ -258,9 +258,28 @@ def test_a_function_compiled_in_a_step_can_be_compiled_afterwards(capture: bool)
     inner = torch.compile(torch.nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double(), backend=backend)
     carry, _ = scan(lambda h, _: (inner(h), None), leaf(3), length=4, capture=capture, **SMALL)
     carry.sum().backward()
-    graphs.clear()
+    assert not graphs
     inner(leaf(2, 3))
     assert graphs
+
+
+@pytest.mark.usefixtures("unharmed")
+def test_a_compiled_function_meets_no_limit_in_a_step_that_closes_over_dependent_tensors() -> None:
+    weight, graphs = leaf(3), []
+    double = weight * 2
+
+    def backend(module: Any, _: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    inner = torch.compile(lambda h: torch.sin(h * double) * weight, backend=backend)
+    carry, _ = scan(
+        lambda h, _: (checkpoint(inner, h, use_reentrant=False), None), leaf(3), None, 20, capture=False, **SMALL
+    )
+    carry.sum().backward()
+    assert not graphs
+    inner(leaf(3))
+    assert len(graphs) == 1
 
 
 @pytest.mark.usefixtures("unharmed")

@@ -65,6 +65,8 @@ class Closures(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.generators = Generators()
+        self.takes_functions = False
+        """Whether the step used an operator that takes functions, whose gradients need TorchDynamo."""
         self.strict = True
         """Raise where the step breaks the rules; otherwise only note it in `broken`."""
         self.broken: StepError | None = None
@@ -124,6 +126,7 @@ class Closures(TorchDispatchMode):
                 depends = depends or tensor.requires_grad or memory in self._dependent
         self._check_writes(func, args, kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
+            self.takes_functions = True
             if func.name() == "cond":
                 self._watch_branches(*args)
             args = pytree.tree_map_only(callable, self._watched, args)

@@ -1,4 +1,4 @@
-"""What a step must return, in words, where it returns something else."""
+"""What a carry is, and what a step must return; in words, where it is something else."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ import torch
 from torch.utils import _pytree as pytree
 
 from longtape.torch.structure import Structure
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it is one array in memory, and so can be stacked, indexed by step, and kept as bytes."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
+def no_array(tensor: torch.Tensor) -> str | None:
+    """What a tensor is that cannot be a carry leaf, and what to do about it; None for one that can."""
+    if not is_dense(tensor):
+        what = "nested tensor" if tensor.is_nested else f"tensor of layout {tensor.layout}"
+        return f"a {what}; what a scan keeps and stacks is dense: give its values, or .to_dense()"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return (
+            f"a {type(tensor).__name__}, which would come back from storage as a plain tensor; "
+            "carry .as_subclass(torch.Tensor), and make it a subclass inside the step"
+        )
+    return None
 
 
 def not_a_pair(index: int, result: Any) -> str:

@@ -11,7 +11,7 @@ before is an error, never a lost gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from longtape.errors import StepError
 from longtape.torch.closures import Closures, Created
 from longtape.torch.compiling import uncompiled
-from longtape.torch.contract import another_structure, not_a_pair
+from longtape.torch.contract import another_structure, is_dense, no_array, not_a_pair
 from longtape.torch.defaults import Defaults
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure, flatten
@@ -124,8 +124,8 @@ class EagerStep:
         for position, (leaf, before) in enumerate(zip(leaves, carry, strict=True)):
             if not isinstance(leaf, torch.Tensor):
                 raise StepError(f"step {index} returned a {type(leaf).__name__} as carry leaf {position}, not a tensor")
-            if leaf.layout is not torch.strided or leaf.is_nested:
-                raise StepError(f"step {index} returned carry leaf {position} {_as_no_array(leaf)}")
+            if wrong := no_array(leaf):
+                raise StepError(f"step {index} returned as carry leaf {position} {wrong}")
             if leaf.shape != before.shape or leaf.dtype != before.dtype or leaf.device != before.device:
                 raise StepError(
                     f"step {index} changed carry leaf {position} from {before.dtype}{list(before.shape)} on "
@@ -140,8 +140,8 @@ class EagerStep:
                 raise StepError(
                     f"step {index} returned a {type(leaf).__name__} in y, not a tensor; use torch.as_tensor"
                 )
-            if leaf.layout is not torch.strided or leaf.is_nested:
-                raise StepError(f"step {index} returned a leaf of y {_as_no_array(leaf)}")
+            if not is_dense(leaf):
+                raise StepError(f"step {index} returned in y {no_array(leaf)}")
         like = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if self._y_like is None:
             self.y, self._y_like = structure, like
@@ -218,6 +218,7 @@ class EagerStep:
         made: dict[int, torch.Tensor] = {}
         with torch.enable_grad(), ExitStack() as stack:
             stack.enter_context(self._ambient())
+            stack.enter_context(self._as_watched())
             carry_in = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
             x_in = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
             if self.closures is not None and (self.closures.some_died or self.closures.generators.used):
@@ -254,6 +255,10 @@ class EagerStep:
             else:
                 pending.extend(child for child in node.next_functions if child[0] is not None)
 
+    def _as_watched(self) -> AbstractContextManager[None]:
+        """Run compiled functions uncompiled, as in the forward sweep, so that they give the same bits."""
+        return nullcontext() if self.closures is None or self.closures.takes_functions else uncompiled()
+
     def pull_back(self, tape: Tape, carry_bar: Cotangents, y_bar: Cotangents) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the carry and x that one step was given; those of closed-over tensors accumulate."""
         outputs, seeds = [], []
@@ -266,7 +271,8 @@ class EagerStep:
         if not outputs or not targets:
             found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
         else:
-            found = iter(_gradients(tape.step, outputs, targets, seeds))
+            with self._as_watched():  # a checkpoint inside the step runs it once more
+                found = iter(_gradients(tape.step, outputs, targets, seeds))
         bars = [next(found) if leaf.requires_grad else None for leaf in tape.carry_in + tape.x_in]
         for tensor, gradient in zip(self._closed, found, strict=True):
             if gradient is not None:
@@ -314,11 +320,6 @@ class _StandIns(TorchFunctionMode):
             torch.Tensor, lambda tensor: self._by_identity.get(id(tensor), tensor), (args, kwargs or {})
         )
         return func(*args, **kwargs)
-
-
-def _as_no_array(leaf: torch.Tensor) -> str:
-    layout = "as a nested tensor" if leaf.is_nested else f"in the layout {leaf.layout}"
-    return f"{layout}; what a scan keeps and stacks is dense: return its values, or .to_dense()"
 
 
 def _versions(leaves: Leaves) -> list[int]:

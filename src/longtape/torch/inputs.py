@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from longtape.errors import UsageError
+from longtape.torch.contract import is_dense, no_array
 from longtape.torch.structure import Leaves, Structure, flatten
 
 
@@ -121,11 +122,8 @@ def check_init(position: int, leaf: Any) -> None:
     """Raise unless this can be a leaf of the carry."""
     if not isinstance(leaf, torch.Tensor):
         raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if not _can_be_indexed(leaf):
-        raise UsageError(
-            f"init leaf {position} has the layout {leaf.layout}{' and is nested' * leaf.is_nested}; a carry is kept as "
-            "bytes, so its tensors are dense: carry .to_dense(), or the values alone and close over the rest"
-        )
+    if wrong := no_array(leaf):
+        raise UsageError(f"init leaf {position} is {wrong}")
 
 
 def _ambiguous(xs: list[Any], steps: int | None) -> str:
@@ -147,7 +145,7 @@ def _understand(xs: Any) -> Inputs:
     if xs is None:
         return NoInputs()
     leaves, _ = flatten(xs)
-    odd = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not _can_be_indexed(leaf)), None)
+    odd = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not is_dense(leaf)), None)
     if odd is not None:
         raise UsageError(
             f"xs holds a tensor of layout {odd.layout}; stacked xs are dense, one row a step: use xs.to_dense(), or "
@@ -161,7 +159,3 @@ def _understand(xs: Any) -> Inputs:
     raise UsageError(
         f"xs must be a pytree of tensors, or one object with len() and indexing; it holds a {type(odd).__name__}"
     )
-
-
-def _can_be_indexed(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested

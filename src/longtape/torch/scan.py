@@ -90,7 +90,9 @@ def scan(
     Args:
         step: Takes and returns pytrees of tensors.  It may be run more than once on the
             same arguments, so it must depend on nothing else that changes; random numbers
-            of PyTorch's default generators and autocast are replayed.  It may update its
+            of PyTorch's default generators and autocast are replayed, as are those of a
+            generator that the step itself makes or seeds.  Functions that it compiles run
+            uncompiled, unless the step is captured.  It may update its
             carry in place, but neither its x nor what it closes over (such as running
             statistics), and must keep nothing that it computes but in the carry.
         init: The first carry; a pytree of tensors.  Never modified.
