@@ -116,7 +116,7 @@ def without_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
             tensor.grad = gradient
 
 
-def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def graph_break(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Have `torch.compile` leave a function, and all that it calls, as it is: a graph break.
 
     As `torch.compiler.disable`, which imports TorchDynamo, for seconds, whether or not it is used.
