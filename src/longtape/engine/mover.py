@@ -216,9 +216,11 @@ class Mover:
             self.repeated_reads += 1
             self._submit(Transfer(key, transfer.slot, is_write=False, is_repeat=True))
             return
-        (self._settle_write if transfer.is_write else self._settle_read)(key, ok=ok, seconds=transfer.seconds)
         if transfer.is_write:
+            self._settle_write(key, ok=ok, seconds=transfer.seconds, at=transfer.ended)
             self._note_full(transfer.error)
+        else:
+            self._settle_read(key, ok=ok, seconds=transfer.seconds)
 
     def _is_worth_repeating(self, transfer: Transfer) -> bool:
         """A failed read whose item is still wanted is tried once more: not every failure is for good."""
@@ -235,8 +237,8 @@ class Mover:
             self.budget.release(self.nbytes[kind])
             self.stock.shelf(kind).capacity += 1
 
-    def _settle_write(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
-        freed = self.stock.end_write(key, ok=ok, seconds=seconds)
+    def _settle_write(self, key: Key, *, ok: bool, seconds: float = 0.0, at: float | None = None) -> None:
+        freed = self.stock.end_write(key, ok=ok, seconds=seconds, at=at)
         if freed:
             self._vacate(key)
         if freed or not ok:
