@@ -17,6 +17,9 @@ import longtape
 from longtape.plan.costs import Costs
 from tests.edges.interrupting import Nothing, interrupted, lines_of, locked
 
+# An interrupt that comes in a finalizer is printed and lost, as Python has it; what it would have released goes later.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 SIZE, STEPS = 9000, 30
 STORING = Costs(1e-3, 2e-3, write_bytes_per_second=1e9, read_bytes_per_second=1e9)
 """Costs with which storage is used for all it can carry."""

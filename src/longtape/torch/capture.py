@@ -74,6 +74,12 @@ class Call(threading.local):
         """Forget the answer of the call before."""
         self.saving, self.leaves, self.graph = saving, (carry, x), None
 
+    def forget(self) -> None:
+        """Hold no tensor: some are views of slots."""
+        self.leaves, self.graph = ((), ()), None
+        self.inputs = self.outputs = ()
+        self.residuals = []
+
 
 class CapturedStep:
     """The graphs of a step, kept between runs.
@@ -152,6 +158,10 @@ class CapturedStep:
                 yield
             finally:
                 call.settled = outer
+
+    def forget(self) -> None:
+        """Hold nothing of the last call."""
+        self._call.forget()
 
     def run(self, step: Callable[..., Any], carry: Leaves, x: Leaves, *, saving: bool) -> Call:
         """Run one step under its guards; the answer stands until this thread's next call.
