@@ -108,7 +108,7 @@ class Nothing:
     def __exit__(self, *error: object) -> None:
         self._patch.stop()
 
-    def left(self) -> list[str]:
+    def left(self, *, collects: bool = True) -> list[str]:
         """What is left, once all references are gone and what is ending has ended."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -117,7 +117,8 @@ class Nothing:
             found += [f"{nbytes} bytes of slots" for nbytes in self._mapped()]
             if not found or time.monotonic() > until:
                 return found
-            gc.collect()
+            if collects:
+                gc.collect()
             time.sleep(0.002)
 
     def _mapped(self) -> list[int]:
