@@ -377,6 +377,10 @@ class _OperatorsJob:
             found = slot.views[index, self._turned] = _Place(parts, ahead, self._reverse.with_arrays(arrays))
         return found  # type: ignore[no-any-return]
 
+    def leave(self) -> None:
+        """The sweeps are over: be in no slot."""
+        self._place, self._loaded = self._home, None
+
     # State -----------------------------------------------------------------------------------
 
     def _live(self, step: int) -> list[Array]:

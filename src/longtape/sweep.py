@@ -139,6 +139,10 @@ class _InPlaceJob:
         arrays = self.model.state
         self._rows = [[np.empty_like(array) for array in arrays] for _ in range(count)]
 
+    def leave(self) -> None:
+        """The sweeps are over: hold no memory."""
+        self._rows = []
+
     def initial(self) -> list[Array]:
         """State 0, to go back to after steps were run only to time them."""
         return [array.copy() for array in self.model.state]

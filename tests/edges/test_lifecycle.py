@@ -214,6 +214,58 @@ def test_hooks_are_given_reports_which_hold_no_slots(front: str, scratch: Path) 
         assert "trace" not in repr(report)
 
 
+class Tiny(Chaotic):
+    """Steps so short that windows of them are reversed at once, from rows beside the slots."""
+
+    def advance(self, start: int, stop: int) -> None:
+        for _ in range(start, stop):
+            self.state[0] *= 0.999
+
+    def reverse(self, start: int, stop: int) -> None:
+        self.adjoint[0] *= 0.999
+
+
+def test_a_kept_sweep_of_tiny_steps_holds_no_rows() -> None:
+    made = longtape.Sweep(Tiny(50), 20_000, memory="64KiB")
+    made.forward()
+    made.reverse()
+    assert made.report.window > 1
+    gc.collect()
+    lists = [found for found in gc.get_objects() if type(found) is list and len(found) == made.report.window - 1]
+    assert not [rows for rows in lists if all(type(row) is list and type(row[0]) is np.ndarray for row in rows)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["reversed", "closed", "dropped"])
+def test_sweeps_of_devito(way: str, scratch: Path) -> None:
+    pytest.importorskip("devito")
+    import longtape.devito
+    from benchmarks.devito_acoustic import Acoustic
+
+    problem = Acoustic((60, 50), 4, 60)
+    arguments = {"dt": problem.dt}
+    with warnings.catch_warnings(), Nothing() as nothing:
+        warnings.simplefilter("ignore")  # Devito's own
+        made: Any = longtape.devito.Sweep(
+            problem.forward,
+            problem.reverse,
+            [problem.u],
+            forward_args=arguments,
+            reverse_args=arguments,
+            memory="512KiB",
+            disk=scratch,
+        )
+        made.forward()
+        if way == "reversed":
+            problem.set_residual()
+            made.reverse()
+        elif way == "closed":
+            made.close()
+        else:
+            made = None
+        assert not nothing.left()
+
+
 # Threads that cannot be started -----------------------------------------------------------------------
 
 
