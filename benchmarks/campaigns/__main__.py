@@ -24,6 +24,7 @@ CAMPAIGNS = {
     "races": ("races", "races", 10_000),
     "limit": ("limit", "limit", 2),
     "device": ("device", "device", 1000),
+    "interrupts": ("interrupts", "interrupts", 1000),
 }
 """By name: module, function and the usual count."""
 

@@ -699,6 +699,8 @@ class Run:
         if self._keeper is not None:
             self._keeper.stop()
         self._mover.close()
+        if hasattr(self._job, "leave"):
+            self._job.leave()
         self._release_memory()
         self._trace.end()
 

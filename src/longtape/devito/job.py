@@ -170,6 +170,10 @@ class OperatorsJob:
                     np.copyto(new, old)
         self._place = place
 
+    def leave(self) -> None:
+        """The sweeps are over: be in no slot."""
+        self._place, self._loaded = self._home, None
+
     def turn(self) -> None:
         self.settle()
         self._turned, self._copied = True, None

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from sys import maxsize
 
 from longtape.actions import Key, Kind
-from longtape.engine.workers import CLOSING_SECONDS, Transfer, Workers
+from longtape.engine.workers import Transfer, Workers
 from longtape.errors import DeviceError, PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
 from longtape.protocols import Event, Observer, Pool, Slot, Tier
@@ -288,9 +288,7 @@ class Mover:
             transfer.claim()  # those not started never will be
         ended = True
         if self.workers is not None:
-            timeout = 0.0 if self._abandoned else self.stuck_seconds
-            is_lent = getattr(self.tier, "is_lent", False)  # what comes next may begin in it
-            ended = self.workers.close(timeout, timeout if is_lent else CLOSING_SECONDS)
+            ended = self.workers.close(0.0 if self._abandoned else self.stuck_seconds)
         self._under_way.clear()
         self.held.clear()
         if self.tier is not None and (self.workers is None or not ended):

@@ -87,6 +87,10 @@ class InPlaceJob:
         """Reverse windows of up to `count` + 1 steps, one step at a time, keeping the states of a window here."""
         self._rows = [[np.empty_like(array) for array in self.model.state] for _ in range(count)]
 
+    def leave(self) -> None:
+        """The sweeps are over: hold no memory."""
+        self._rows = []
+
     def initial(self) -> list[Array]:
         """State 0, to go back to after steps that are only tried."""
         return [array.copy() for array in self.model.state]
