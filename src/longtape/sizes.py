@@ -23,7 +23,7 @@ for _power, _prefix in enumerate(_PREFIXES, start=1):
 _LARGEST = 2**63 - 1
 
 
-def parse_bytes(value: int | float | str) -> int:  # noqa: PYI041
+def parse_bytes(value: int | float | str) -> int:
     """The number of bytes that `value` means.
 
     ``"2GiB"`` is 2·1024³ and ``"2GB"`` is 2·1000³; the ``B`` may be left out, the case
