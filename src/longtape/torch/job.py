@@ -537,8 +537,9 @@ class ScanJob:
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            if not tensor._is_zerotensor():  # which forward mode, inside a step, makes without memory
+                storage = tensor.untyped_storage()
+                saved[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         try:
