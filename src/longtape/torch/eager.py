@@ -110,6 +110,11 @@ class EagerStep:
                 raise StepError(
                     f"step {index} changed carry leaf {position} from {before.dtype}{list(before.shape)} on "
                     f"{before.device} to {leaf.dtype}{list(leaf.shape)} on {leaf.device}; a carry keeps its type"
+                    + (
+                        f": where autocast changes it, return leaf.to({before.dtype})"
+                        if leaf.dtype != before.dtype
+                        else ""
+                    )
                 )
         return leaves
 

@@ -79,7 +79,7 @@ def while_loop(
         The final carry; `init` as it is where `cond` does not hold for it.
 
     Raises:
-        UsageError: An argument that cannot be honoured.
+        UsageError: An argument that cannot be honoured, or a transformation that would lose gradients.
         BudgetError: `memory` is less than one carry; or so much memory cannot be had of the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
         StepError: The step breaks its contract, or `cond` does.

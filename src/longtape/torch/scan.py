@@ -90,14 +90,21 @@ def scan(
 
     The contract is that of ``jax.lax.scan``.  Gradients reach `init`, stacked `xs` and every
     tensor the step closes over, which are found without being listed.  Where no gradient
-    is wanted this is a plain loop, and nothing is stored.  First derivatives only.
+    is wanted this is a plain loop, and nothing is stored.
+
+    First derivatives only, by `backward` or `torch.autograd.grad`.  Inside `torch.func` transformations,
+    forward-mode AD or `vmap` it raises; inside the step they work.  `torch.compile` breaks its graph here.
+    Under `torch.utils.checkpoint` gradients are right, but with ``use_reentrant=False`` what is
+    stored for them stays stored meanwhile, and `resume` is refused.
 
     Args:
         step: Takes and returns pytrees of tensors.  It may be run more than once on the
             same arguments, so it must depend on nothing else that changes; random numbers
             of PyTorch's default generators and autocast are replayed, as are those of a
             generator that the step itself makes or seeds.  Functions that it compiles run
-            uncompiled, unless the step is captured.  It may update its
+            uncompiled, unless the step is captured.  Under autocast each step casts its
+            weights anew, and their gradients are summed in the weights' dtype; where casts
+            are costly, close over weights cast before the scan.  It may update its
             carry in place, but neither its x nor what it closes over (such as running
             statistics), and must keep nothing that it computes but in the carry.  Before the
             sweep step 0 is run a few times to time it, six at most; once each way where that takes
@@ -149,7 +156,8 @@ def scan(
         The final carry, and the ys stacked along a new first dimension.
 
     Raises:
-        UsageError: An argument that cannot be honoured, or a step that breaks the contract.
+        UsageError: An argument that cannot be honoured, a transformation that would lose gradients, or a
+            step that breaks the contract.
         BudgetError: `memory` is less than one carry, or with `resume` two; or so much memory cannot be had of
             the device, or pinned.
         DeviceError: The device failed while the sweeps were running.

@@ -35,7 +35,7 @@ def refuse_transforms(what: str) -> None:
     Raises:
         UsageError: Names the transformation, and what to use instead.
     """
-    innermost = peek_interpreter_stack()
+    innermost: Any = peek_interpreter_stack()
     if innermost is not None:
         raise UsageError(_refusal(what, innermost.key()))
     if vars(forward_ad)["_current_level"] >= 0 and torch._C._is_fwd_grad_enabled():
