@@ -13,6 +13,12 @@ are there.  ``checkpoint.get_data(k)`` gives the arrays that make up state k, wh
 exists before step k, and ``checkpoint.get_data_location(k)`` where they go; with cyclic
 buffers these depend on k.
 
+``apply_forward`` calls the forward operator for each of the first two steps alone, and
+times the second; then for longer ranges.  It runs no step twice.  ``apply_reverse`` runs
+steps again, so an operator that adds up a misfit or counts its calls must do so in
+``apply_forward`` only.  Three states are held beside the stated memory until the first
+two steps have been stored.
+
 What differs from pyrevolve: the state is what `get_data` returns, in any number of
 arrays and dtypes, and `Checkpoint.size` is not relied on; which states are kept, and
 where, is chosen from measured costs; storage that fails costs time and not the gradient.
@@ -23,7 +29,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -35,7 +40,8 @@ import numpy.typing as npt
 from longtape.actions import Action, Advance, Restore, Reverse, Store, Turn
 from longtape.compose import ALIGNMENT, Run, Settings, Traits
 from longtape.engine.trace import Trace
-from longtape.errors import StateError, StepError, UsageError
+from longtape.errors import ReplayError, StateError, StepError, UsageError
+from longtape.known import KnownState
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
@@ -298,10 +304,16 @@ class _OperatorsJob:
     def __init__(self, checkpoint: Any, forward: Any, reverse: Any, steps: int, *, verify: bool) -> None:
         self._checkpoint, self._forward, self._reverse, self._steps = checkpoint, forward, reverse, steps
         self._at = self._ran = 0
+        self._turned = self._has_run_many = False
         self._aside: dict[int, list[Array]] = {}
         self._loads = 0
         self._witness = Witness("get_data(…)[{}]".format) if verify else None
         self.arrays = _Arrays(_live(checkpoint.get_data(0), "get_data(0)"))
+        before = self._last_arrays()
+        self._before = None if before is None else KnownState(before)
+        """What the arrays of the final state held at first."""
+        self._known: dict[int, KnownState] = {}
+        """The final state, and the last one that was reached by several steps in one call."""
         self._see(0)
 
     @property
@@ -351,17 +363,47 @@ class _OperatorsJob:
         return stop
 
     def _run(self, start: int, stop: int) -> None:
+        self._apply(start, stop)
+        if self._turned:
+            self._check(stop)
+        elif stop > start + 1:
+            self._known = {stop: KnownState(self._data(stop))}
+
+    def _apply(self, start: int, stop: int) -> None:
         if self._witness is None:
             if start < stop:
                 self._forward.apply(t_start=start, t_end=stop)
             return
-        for step in range(start, stop):
-            self._forward.apply(t_start=step, t_end=step + 1)
-            self._see(step + 1)
+        many = self._turned and not self._has_run_many and stop > start + 1
+        for step in range(start, stop, stop - start if many else 1):
+            end = stop if many else step + 1
+            self._forward.apply(t_start=step, t_end=end)
+            self._see(end)
+        self._has_run_many |= many  # once as without verification: an operator may not do what it is told
 
     def reverse(self, start: int, stop: int) -> None:
         self._run(start, stop)
         self._reverse.apply(t_start=start, t_end=stop)
+
+    def _last_arrays(self) -> list[Array] | None:
+        """Those of the final state; None if the checkpoint does not give them, as nobody has promised."""
+        try:
+            return self._data(self._steps)
+        except Exception:
+            return None
+
+    def _check(self, state: int) -> None:
+        """Hold a state that was computed again against what it was, where that is known; rounding aside."""
+        known = self._known.get(state)
+        if known is not None and (differs := known.differing(self._data(state))):
+            raise ReplayError(
+                f"steps up to {state - 1}, run again from a stored state, ended in another get_data({state})"
+                f"[{differs[0]}] than in apply_forward(). The gradient would be that of steps that were never run. "
+                f"{type(self._forward).__name__}.apply must run exactly the steps t_start to t_end - 1, however they "
+                "are divided among calls, and nothing that it reads may change before apply_reverse() ends",
+                step=state - 1,
+                leaf=f"get_data(…)[{differs[0]}]",
+            )
 
     def save(self, slot: Slot) -> Slot:
         views, step = self.arrays.views(slot)
@@ -396,7 +438,18 @@ class _OperatorsJob:
         return slot
 
     def turn(self) -> None:
-        pass
+        self._turned, arrays = True, self._last_arrays()
+        if arrays is None:
+            return
+        self._known[self._steps] = final = KnownState(arrays)
+        if self._before is None or not final.is_same(self._before):
+            return
+        if any(np.any(array) for array in [*arrays, *self._data(0)]):
+            raise StepError(
+                f"after {self._steps} steps get_data({self._steps}) holds the bits that it held at first: nothing has "
+                f"changed in the arrays that {type(self._checkpoint).__name__} gives. If the operators assign new "
+                "arrays, get_data must look them up at each call"
+            )
 
     def adopt(self, slots: list[Slot]) -> None:
         raise NotImplementedError
@@ -436,6 +489,9 @@ class BaseRevolver:
         tier: Tier | None = None,
         costs: Costs | None = None,
     ) -> None:
+        _require(checkpoint, "checkpoint", "get_data", "get_data_location")
+        _require(fwd_operator, "fwd_operator", "apply")
+        _require(rev_operator, "rev_operator", "apply")
         self.checkpoint, self.fwd_operator, self.rev_operator = checkpoint, fwd_operator, rev_operator
         self.n_timesteps = _count(n_timesteps, "n_timesteps")
         self.n_checkpoints = n_checkpoints
@@ -474,6 +530,11 @@ class BaseRevolver:
         if self._run is not None:
             self._run.close()
 
+    def __del__(self) -> None:
+        run = getattr(self, "_run", None)
+        if run is not None:  # a finalizer would hold the run, and with it operators that hold the revolver
+            run.close()
+
     def _prepare(self) -> Run:
         job = _OperatorsJob(
             self.checkpoint, self.fwd_operator, self.rev_operator, self.n_timesteps, verify=self._verify
@@ -498,7 +559,6 @@ class BaseRevolver:
             stuck_seconds=self._stuck_seconds,
         )
         self._run = Run(job, traits, settings, measure=None if costs else job.measure)
-        weakref.finalize(self, self._run.close)
         return self._run
 
     def _begun(self) -> Run:
@@ -710,6 +770,12 @@ def _count(value: Any, name: str) -> int:
     if not whole or value < 1:
         raise UsageError(f"{name} must be an integer of at least 1, not {value!r}")
     return int(value)
+
+
+def _require(found: Any, role: str, *methods: str) -> None:
+    missing = [name for name in methods if not callable(getattr(found, name, None))]
+    if missing:
+        raise UsageError(f"{role} must have the method {' and '.join(missing)}; {type(found).__name__} has not")
 
 
 def _refuse_compression(compression: Any) -> None:

@@ -58,7 +58,7 @@ class Sweep:
             operators; measured when None, without touching the operators' arrays.
         verify: Run one time at a call, and compare every state that is computed again, or
             fetched, with what it was the first time, bit for bit.  Without it that is done
-            for the final state only.
+            for the final state only, rounding aside.
         compress: Codec for what goes to storage, as for `longtape.Sweep`.
         resume: Directory that makes the run durable.  After a kill, a loss of power or an exception, the
             same call with everything set as at first goes on where the run was, forward or
@@ -137,6 +137,7 @@ class Sweep:
             state_nbytes=self._job.state_nbytes,
             residual_nbytes=self._job.residual_nbytes if can_record else None,
             notes=(f"a step is {stride} time steps, which the time buffer holds at once",) if stride > 1 else (),
+            floats=self._job.floats,
         )
         home = None if resume is None else Home(resume, name)
         try:
@@ -246,8 +247,8 @@ class Sweep:
         seeds = self._reverse.seeds(besides=[field.name for field in self._fields])
         if seeds and not any(np.any(self._reverse.arrays[name]) for name in seeds):
             warnings.warn(
-                f"longtape: {' and '.join(seeds)} hold only zeros, so the adjoint of operator "
-                f"{self._reverse.name} begins at zero, and so does the gradient. Set them between forward() and reverse()",
+                f"longtape: {' and '.join(seeds)} hold only zeros, so operator {self._reverse.name} starts from "
+                "a zero adjoint, and the gradient will be zero. Set them between forward() and reverse()",
                 RuntimeWarning,
                 stacklevel=3,
             )
