@@ -14,7 +14,7 @@ import numpy as np
 from longtape.devito.job import OperatorsJob
 from longtape.devito.kernels import Array, Kernel, Rows, bytes_of
 from longtape.durable.fingerprints import of_bytes
-from longtape.protocols import Bytes
+from longtape.protocols import Bytes, Slot
 
 
 class _Written:
@@ -78,15 +78,21 @@ class Kept:
         return [np.array([self._job.written_before], np.int64).view(np.uint8), *self._outputs.whole()]
 
     def put_standing(self, arrays: list[Bytes]) -> None:
-        self._standing = arrays
+        written_before, *self._standing = arrays
+        self._job.written_before = int(written_before.view(np.int64)[0])
 
     def begin(self) -> None:
-        """The forward sweep begins: times of the process before have written what they write."""
+        """The forward sweep begins."""
         if self._standing is not None:
-            written_before, *arrays = self._standing
-            self._outputs.put_whole(arrays)
-            self._job.written_before = int(written_before.view(np.int64)[0])
+            self._outputs.put_whole(self._standing)
             self._standing = None
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        return self._job.leaves()
+
+    def put_initial(self, slot: Slot) -> None:
+        self._job.load(slot)
+        self._job.settle()
 
     def seed(self) -> str:
         kernel = self._reverse

@@ -27,6 +27,7 @@ from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
+from longtape.tiers.codecs import parse_codec
 
 
 class Sweep:
@@ -103,6 +104,7 @@ class Sweep:
         resume_seconds: float = DEFAULT_SECONDS,
         name: str = "sweep",
     ) -> None:
+        lossy = compress is not None and parse_codec(compress).bound is not None
         if verify:
             refuse_lossy_verification(compress)
         if resume is not None:
@@ -128,7 +130,7 @@ class Sweep:
         stride = min(window.stride, ahead.last - ahead.first + 1)
         self._forward, self._reverse, self._fields = ahead, back, fields
         self._prints: dict[str, str] = {}
-        self._job = OperatorsJob(ahead, back, fields, window, stride, verify=verify)
+        self._job = OperatorsJob(ahead, back, fields, window, stride, verify=verify, lossy=lossy)
         self._kept = Kept(ahead, back, own, self._job)
         can_record = window.is_even and self._job.residual_nbytes > 0
         traits = Traits(
