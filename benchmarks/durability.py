@@ -37,14 +37,14 @@ def run(steps: int, memory: int, directory: str, seconds: float | None) -> dict[
             return problem.inputs[step % len(problem.inputs)]
 
     def gradient(length: int) -> tuple[float, Any]:
-        runs: list[Any] = []
+        reports: list[Any] = []
         given: Any = {"disk": directory} if seconds is None else {"resume": directory, "resume_seconds": seconds}
         began = time.perf_counter()
         carry, _ = scan(
-            problem.step, problem.carry, Inputs(length), memory=memory, on_report=runs.append, capture=True, **given
+            problem.step, problem.carry, Inputs(length), memory=memory, on_report=reports.append, capture=True, **given
         )
         torch.autograd.grad(problem.loss(carry), problem.leaves)
-        return time.perf_counter() - began, runs[0].report
+        return time.perf_counter() - began, reports[0]
 
     gradient(300)
     taken, report = gradient(steps)

@@ -124,11 +124,11 @@ class Setting:
         return time.perf_counter() - began
 
     def scan(self, case: Case, steps: int, **options: Any) -> tuple[list[Tensor], Any]:
-        """The gradients, and the run."""
-        runs: list[Any] = []
+        """The gradients, and the report."""
+        reports: list[Any] = []
         options = {"memory": self.budget, "host_memory": self.host_nbytes, "disk": self.disk, **options}
-        final, _ = scan(case.step, case.init, case.inputs(steps), on_report=runs.append, **options)
-        return case.gradients(final), runs[-1]
+        final, _ = scan(case.step, case.init, case.inputs(steps), on_report=reports.append, **options)
+        return case.gradients(final), reports[-1]
 
 
 def bar(value: float, limit: float, *, at_least: bool = False) -> dict[str, Any]:
@@ -151,9 +151,9 @@ def times(setting: Setting) -> dict[str, Any]:
             per_step["ideal"].append(setting.seconds(gpu_cases.plain, case, short) / short)
             per_step["forward"].append(setting.seconds(gpu_cases.forward_only, case, short) / short)
             for name, length in (("scan", steps), ("half", steps // 2)):
-                _, run = setting.scan(case, length)
-                report = run.report if name == "scan" else report
-                per_step[name].append(run.report.measured.seconds / length)
+                _, found = setting.scan(case, length)
+                report = found if name == "scan" else report
+                per_step[name].append(found.measured.seconds / length)
         middle = {name: statistics.median(values) for name, values in per_step.items()}
         assert report is not None
         records = report.steps_recorded >= 0.99 * steps
@@ -220,12 +220,12 @@ def bits(setting: Setting) -> dict[str, Any]:
         expected = gpu_cases.plain(case, steps)
         budget = max(setting.budget // 16, 24 * case.state_nbytes)
         for capture in (False, True):
-            got, run = setting.scan(case, steps, memory=budget, capture=capture)
+            got, report = setting.scan(case, steps, memory=budget, capture=capture)
             same = all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
             name = f"{case.name}, {'captured' if capture else 'as it is'}"
             found[name] = {
                 "steps": steps,
-                "schedule": run.report.schedule,
+                "schedule": report.schedule,
                 "bars": {"same bits": bar(same, 1, at_least=True)},
             }
     return found
@@ -277,8 +277,8 @@ def delays(setting: Setting) -> dict[str, Any]:
             if setting.simulated:
                 stack.enter_context(device)
             stack.enter_context(standing_in(device))
-            got, run = setting.scan(case, steps, **options)
-        plans.add(run.report.schedule)
+            got, report = setting.scan(case, steps, **options)
+        plans.add(report.schedule)
         wrong += not all(torch.equal(a, b) for a, b in zip(got, expected[steps], strict=True))
     return {"delays": {"runs": count, "schedules": sorted(plans), "bars": {"wrong runs": bar(wrong, 0)}}}
 

@@ -105,7 +105,7 @@ def run(model: str, way: str, steps: int, memory: int, disk: str) -> dict[str, A
     outcome: dict[str, Any] = meter.stop()
     outcome["check"] = float(jnp.abs(jax.tree.leaves(bars)[0]).sum())
     if way == "longtape":
-        report = reports[-1].report
+        report = reports[-1]
         outcome |= {
             "schedule": report.schedule,
             "window": report.window,

@@ -25,6 +25,7 @@ from benchmarks.lstm import Problem
 from longtape.chrome import write_chrome_trace
 from longtape.engine.trace import Trace
 from longtape.progress import Progress
+from longtape.report import Report
 from longtape.torch import scan
 
 STEPS, MEMORY = 4_000, 64 * 128 * 1024
@@ -100,11 +101,11 @@ def gradient(problem: Problem, disk: str, observers: list[Any], on_report: Any) 
 def watched(problem: Problem, disk: str) -> float:
     """With a bar that is drawn, a report that is asked for and written, and the trace."""
 
-    def report(run: Any) -> None:
-        str(run.report)
-        run.report.append_to(f"{disk}/runs.jsonl")
+    def show(report: Report) -> None:
+        str(report)
+        report.append_to(f"{disk}/runs.jsonl")
 
-    return gradient(problem, disk, [Progress(problem.steps, show=True, file=io.StringIO())], report)
+    return gradient(problem, disk, [Progress(problem.steps, show=True, file=io.StringIO())], show)
 
 
 def unwatched(problem: Problem, disk: str) -> float:
@@ -117,16 +118,16 @@ def inside(problem: Problem, disk: str) -> dict[str, float]:
     spent: dict[str, float] = {}
     progress, trace = Timed(Progress(problem.steps, show=True, file=io.StringIO())), [0.0]
 
-    def report(run: Any) -> None:
+    def show(report: Report) -> None:
         began = time.perf_counter()
-        str(run.report)
+        str(report)
         spent["report"] = time.perf_counter() - began
         began = time.perf_counter()
-        write_chrome_trace(run.trace, f"{disk}/run.json")
+        write_chrome_trace(report.trace, f"{disk}/run.json")
         spent["writing the Chrome trace"] = time.perf_counter() - began
 
     with timed_trace(trace):
-        seconds = gradient(problem, disk, [progress], report)
+        seconds = gradient(problem, disk, [progress], show)
     spent |= {"progress": progress.seconds, "trace": trace[0], "calls": progress.calls, "run": seconds}
     watching = spent["report"] + spent["progress"] + spent["trace"]
     return {**spent, "share": watching / seconds}

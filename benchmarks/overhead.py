@@ -69,7 +69,7 @@ def lstm(
     assert problem.inputs.shape[1:] == (BATCH, INPUTS)
 
     def gradient(length: int) -> tuple[float, Any]:
-        runs: list[Any] = []
+        reports: list[Any] = []
         tier = None
         if bandwidth is not None and disk is not None:
             tier = ThrottledTier(DiskTier(disk), write_bytes_per_second=bandwidth, read_bytes_per_second=bandwidth)
@@ -83,22 +83,22 @@ def lstm(
             tier=tier,
             capture=capture,
             compress=compress,
-            on_report=runs.append,
+            on_report=reports.append,
         )
         torch.autograd.grad(problem.loss(carry), problem.leaves)
         seconds = time.perf_counter() - began
         if tier is not None:
             tier.close()
-        return seconds, runs[0]
+        return seconds, reports[0]
 
     ideal = [lstm_ideal(problem)]
     first, _ = gradient(300)
     meter = common.Meter()
     meter.start()
-    seconds, run = gradient(steps)
+    seconds, report = gradient(steps)
     peak = meter.stop()["peak_bytes"]
     ideal.append(lstm_ideal(problem))
-    return {**figures_of(run.report, seconds, steps, ideal), "rss_growth_bytes": peak, "first_scan_seconds": first}
+    return {**figures_of(report, seconds, steps, ideal), "rss_growth_bytes": peak, "first_scan_seconds": first}
 
 
 def lstm_ideal(problem: Any) -> float:

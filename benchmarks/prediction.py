@@ -55,7 +55,7 @@ def lstm(steps: int, states: int, disk: str, speeds: tuple[float, float], share:
             problem.inputs[:length],
             memory=memory,
             tier=_tier(disk, speeds, share),
-            on_report=lambda run: reports.append(run.report),
+            on_report=reports.append,
         )
         torch.autograd.grad(problem.loss(carry), problem.leaves)
 

@@ -28,6 +28,7 @@ import tempfile
 import time
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -53,13 +54,18 @@ def needs(hidden: int) -> dict[str, float]:
     import torch
 
     from benchmarks.lstm import Problem
+    from longtape.compose import Run
     from longtape.torch import scan
 
-    problem, plans, runs = Problem(300, hidden=hidden), list[Any](), list[Any]()
+    problem, runs = Problem(300, hidden=hidden), list[Run]()
+
+    def noting(*arguments: Any, **options: Any) -> Run:
+        runs.append(Run(*arguments, **options))
+        return runs[-1]
+
     for _ in range(2):  # the first captures the step
-        carry, _ = scan(
-            problem.step, problem.carry, problem.inputs, memory=4096 * MIB, on_plan=plans.append, on_report=runs.append
-        )
+        with mock.patch("longtape.torch.scan.Run", noting):
+            carry, _ = scan(problem.step, problem.carry, problem.inputs, memory=4096 * MIB)
         torch.autograd.grad(problem.loss(carry), problem.leaves)
     run = runs[-1]
     nbytes = run._traits.residual_nbytes
@@ -118,7 +124,7 @@ def scan_growth(steps: int, memory: int, disk: str) -> dict[str, Any]:
             count,
             memory=memory,
             disk=disk,
-            on_report=lambda run: reports.append(run.report),
+            on_report=reports.append,
         )
         torch.autograd.grad(carry.sum(), [start, weight])
         return reports[0]

@@ -22,7 +22,6 @@ from torch.nn import functional
 
 import longtape
 import longtape.torch as lt
-from longtape.compose import Run
 from longtape.plots import timeline
 from longtape.progress import Progress
 from longtape.sizes import format_bytes, format_seconds
@@ -98,10 +97,11 @@ def main() -> None:
         difference = compare_with_autograd(model, tuple(xs), options)
         print(f"gradient on the first 1,000 steps: within {difference:.1e} of plain autograd's (relative)\n")
         for update in range(arguments.updates + 1):
-            run = train(model, optimiser if update < arguments.updates else None, tuple(xs), options, first=update == 0)
-            if run is not None:
-                print(f"\n{run.report}\n")
-                timeline(run.trace, Path(arguments.picture), report=run.report)
+            doing = optimiser if update < arguments.updates else None
+            report = train(model, doing, tuple(xs), options, first=update == 0)
+            if report is not None:
+                print(f"\n{report}\n")
+                timeline(report.trace, Path(arguments.picture), report=report)
                 print(f"timeline picture: {arguments.picture}\n")
         print(f"everything took {format_seconds(time.perf_counter() - began)}")
 
@@ -113,7 +113,7 @@ def train(
     options: dict[str, str],
     *,
     first: bool,
-) -> Run | None:
+) -> longtape.Report | None:
     """One gradient through every step and one update; without an optimiser, the loss alone."""
     if optimiser is None:
         with torch.no_grad():
@@ -121,7 +121,7 @@ def train(
         print(f"after the updates  loss {float(losses.mean()):.4f}")
         return None
     steps = len(xs[0])
-    finished: list[Run] = []
+    finished: list[longtape.Report] = []
     with Progress(steps) as progress:
         _, losses = lt.scan(
             model,
@@ -135,7 +135,7 @@ def train(
         optimiser.zero_grad()
         losses.mean().backward()
     optimiser.step()
-    seconds = finished[0].report.measured.seconds
+    seconds = finished[0].measured.seconds
     print(f"gradient through {steps:,} steps in {format_seconds(seconds)}  loss {float(losses.detach().mean()):.4f}")
     return finished[0] if first else None
 

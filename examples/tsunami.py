@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 
+import longtape
 import longtape.jax as lt
 
 GRAVITY = 9.81
@@ -95,10 +96,10 @@ def invert(side: int, steps: int, iterations: int, memory: str, disk: str) -> di
     truth = true_source(side)
     clean = records(truth, steps, places, memory=memory)
     observed = clean + NOISE * jax.random.normal(jax.random.key(0), clean.shape)
-    runs: list[Any] = []
+    reports: list[longtape.Report] = []
 
     def misfit(control: jax.Array) -> jax.Array:
-        found = records(smooth(control), steps, places, memory=memory, disk=disk, on_report=runs.append)
+        found = records(smooth(control), steps, places, memory=memory, disk=disk, on_report=reports.append)
         return jnp.mean(((found - observed) / NOISE) ** 2) / 2 + 1e-3 * jnp.mean(control**2)
 
     gradient = jax.value_and_grad(misfit)
@@ -123,7 +124,7 @@ def invert(side: int, steps: int, iterations: int, memory: str, disk: str) -> di
         "places": places,
         "history": history,
         "seconds": seconds,
-        "run": runs[-1],
+        "report": reports[-1],
     }
 
 
@@ -174,7 +175,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=given.disk) as disk:
         found = invert(side, steps, iterations, memory, disk)
     error = float(jnp.linalg.norm(found["estimate"] - found["truth"]) / jnp.linalg.norm(found["truth"]))
-    print(found["run"].report)
+    print(found["report"])
     print(
         f"\n{len(found['history'])} gradients in {found['seconds']:.1f} s; misfit {found['history'][0]:.3g} -> "
         f"{min(found['history']):.3g}; error of the source {error:.0%}"

@@ -10,6 +10,7 @@ class Chaotic:
         generator = np.random.default_rng(seed)
         self.state = [generator.random(size), np.zeros(3, np.int32)]
         self.adjoint = [np.zeros(size), np.zeros(1)]
+        self.outputs = []  # nothing beside the state
         self.advanced = 0
 
     def advance(self, start, stop):

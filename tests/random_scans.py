@@ -96,29 +96,30 @@ def attempt(chance: random.Random, seen: Counter[str] | None = None) -> None:
     host = state * chance.randint(1, 30) if planner is choose else 1 << 20
     delay: Delay = chance.choice((at_once, when_wanted, drawn(chance.getrandbits(30)), drawn(chance.getrandbits(30))))
     options: dict[str, Any] = {"memory": memory, "host_memory": host, "capture": capture, "verify": verify}
-    runs: list[Any] = []
+    plans: list[Any] = []
+    reports: list[Any] = []
     with ExitStack() as stack:
         stack.enter_context(mock.patch("longtape.compose.choose", planner))
-        stack.enter_context(mock.patch("longtape.torch.job._typical", lambda timed: timed()))
+        stack.enter_context(mock.patch("longtape.torch.job.least_seconds", lambda timed, times: timed()))
         stack.enter_context(mock.patch("longtape.engine.meter.MOST_AHEAD", chance.choice((1, 2, 8))))
         if planner is not choose:  # as few buffers as there may be
             stack.enter_context(mock.patch("longtape.torch.linked.STAGING", chance.choice((2, 3, 4))))
         if disk:
             options["disk"] = stack.enter_context(tempfile.TemporaryDirectory())
         device = stack.enter_context(simulated(delay))
-        found = case.outcome(scan, on_report=runs.append, **options)
-    report = runs[-1].report
+        found = case.outcome(scan, on_plan=plans.append, on_report=reports.append, **options)
+    report = reports[-1]
     for ours, theirs in zip(found, expected, strict=True):
         same = ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
         zero = all(part is None or not part.any() for part in (ours, theirs))
         if not same and not zero:
-            raise AssertionError(f"other bits: {kind}, {steps} steps, {options}, {runs[-1].choice}")
-    assert report.device.pool_bytes <= report.device.budget_bytes, (kind, report.device, runs[-1].choice)
+            raise AssertionError(f"other bits: {kind}, {steps} steps, {options}, {plans[-1]}")
+    assert report.device.pool_bytes <= report.device.budget_bytes, (kind, report.device, plans[-1])
     assert report.measured.peak_memory_bytes <= report.memory_budget_bytes
     assert device.copies >= sum(link.count for link in report.device.links)
     if seen is not None:
-        seen[runs[-1].choice.schedule] += 1
+        seen[plans[-1].schedule] += 1
         seen["copies"] += sum(link.count for link in report.device.links)
         seen["captured"] += capture
-        seen["inner snapshots"] += runs[-1].choice.device_slots > 0
-        seen["on the device alone"] += runs[-1].choice.on_device
+        seen["inner snapshots"] += plans[-1].device_slots > 0
+        seen["on the device alone"] += plans[-1].on_device

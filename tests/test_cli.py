@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -262,3 +264,9 @@ def test_the_python_functions_return_frozen_figures(tmp_path):
     for figures_of in (found, foresight, foresight.choice, replay(foresight)):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(figures_of, dataclasses.fields(figures_of)[0].name, None)
+
+
+def test_the_module_is_the_command_line():
+    done = subprocess.run([sys.executable, "-m", "longtape", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "probe" in done.stdout

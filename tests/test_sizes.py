@@ -13,6 +13,7 @@ from longtape.sizes import format_bytes, format_seconds, parse_bytes
     [
         (0, 0),
         (123, 123),
+        (1e9, 10**9),
         ("0", 0),
         ("1_000", 1000),
         ("12 B", 12),
@@ -30,13 +31,14 @@ from longtape.sizes import format_bytes, format_seconds, parse_bytes
         ("0.3 kB", 300),
         ("1.0005 kB", 1000),
         ("1e9", 10**9),
+        (1e9, 10**9),
         ("2.5e3 kB", 2_500_000),
         ("3EB", 3 * 10**18),
         ("7TB", 7 * 10**12),
         ("1PiB", 1 << 50),
     ],
 )
-def test_what_amounts_mean(value: int | str, nbytes: int) -> None:
+def test_what_amounts_mean(value: float | str, nbytes: int) -> None:
     assert parse_bytes(value) == nbytes
     assert type(parse_bytes(value)) is int
 
@@ -60,7 +62,7 @@ NONSENSE: list[Any] = [
         "1..G",
         "_5",
     ),
-    *(1.5, 1e9, None, True, b"2GiB", [1], "9EiB", 2**63),
+    *(1.5, float("nan"), float("inf"), None, True, b"2GiB", [1], "9EiB", 2**63, 1e19),
 ]
 
 

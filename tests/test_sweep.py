@@ -112,6 +112,7 @@ def test_a_codec_is_used_only_where_it_pays(tmp_path):
     model.state[0].view(np.uint8)[:] = np.random.default_rng(1).integers(0, 256, 320_000)
     sweep = longtape.Sweep(model, 50, memory="4MiB", disk=tmp_path, compress="lz4")
     sweep.forward()
+    model.start_adjoint()
     sweep.reverse()
     assert sweep.report.codec is None
     assert any("not used" in note for note in sweep.report.notes)
@@ -131,6 +132,7 @@ def test_a_codec_pays_where_storage_is_slow(tmp_path):
     tier = ThrottledTier(DiskTier(tmp_path), write_bytes_per_second=2e7, read_bytes_per_second=2e7)
     sweep = longtape.Sweep(model, 60, memory="3MiB", tier=tier, compress="bitshuffle+lz4")
     sweep.forward()
+    model.start_adjoint()
     sweep.reverse()
     assert sweep.report.codec == "bitshuffle+lz4"
     assert sweep.report.compression_ratio > 10

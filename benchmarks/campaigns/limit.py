@@ -155,11 +155,11 @@ def _scan(what: str, budget: int, given: Any, steps: int = 400) -> tuple[Any, An
     from longtape.torch import scan
 
     torch.set_num_threads(1)
-    runs: list[Any] = []
+    reports: list[Any] = []
     init = torch.ones(STATE // 8, dtype=torch.float64, requires_grad=True)
     carry, _ = scan(
-        _decay, init, torch.zeros(steps, 1), memory=budget, capture=SCANS[what], on_report=runs.append, **given
+        _decay, init, torch.zeros(steps, 1), memory=budget, capture=SCANS[what], on_report=reports.append, **given
     )
     carry.sum().backward()
     assert init.grad is not None
-    return init.grad.numpy(), runs[0].report
+    return init.grad.numpy(), reports[0]

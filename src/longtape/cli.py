@@ -24,6 +24,7 @@ from longtape.plan.costs import Costs, Device, Problem
 from longtape.plan.simulate import Outcome
 from longtape.probe import Probe, probe
 from longtape.sizes import format_bytes, format_seconds, parse_bytes
+from longtape.tiers.space import usable_nbytes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,10 +179,19 @@ def _problem(parsed: argparse.Namespace) -> Problem:
         state_nbytes=_positive("--state", parse_bytes(parsed.state)),
         memory_nbytes=memory if parsed.host_memory is None else parse_bytes(parsed.host_memory),
         has_disk=has_disk,
-        disk_nbytes=None if parsed.disk_limit is None else parse_bytes(parsed.disk_limit),
+        disk_nbytes=_disk_nbytes(parsed),
         residual_nbytes=residuals,
         device=None if parsed.host_memory is None else Device(memory, residuals or 0),
     )
+
+
+def _disk_nbytes(parsed: argparse.Namespace) -> int | None:
+    """The stated limit, and what is free in the directory."""
+    limits = (
+        None if parsed.disk_limit is None else parse_bytes(parsed.disk_limit),
+        None if parsed.disk is None else usable_nbytes(parsed.disk),
+    )
+    return min((nbytes for nbytes in limits if nbytes is not None), default=None)
 
 
 def _steps(text: str) -> int | None:
@@ -261,6 +271,7 @@ def _figures(foresight: Foresight, outcome: Outcome | None) -> dict[str, Any]:
         "overhead": seconds / prediction.ideal_seconds if prediction.ideal_seconds else 1.0,
         "peak_memory_bytes": prediction.peak_memory_bytes if outcome is None else _held(foresight, outcome),
         "peak_disk_bytes": prediction.peak_disk_bytes,
+        "disk_nbytes": choice.disk_nbytes,
         "bytes_written": prediction.bytes_written,
         "bytes_read": prediction.bytes_read,
         "advances": prediction.advances if outcome is None else outcome.advances,
@@ -295,8 +306,11 @@ def _table(foresight: Foresight, outcome: Outcome | None) -> str:
         ("plan", describe(foresight.choice)),
         ("time", f"{format_seconds(figures['time_seconds'])}, {figures['overhead']:.2f} times the ideal"),
         ("peak memory", format_bytes(figures["peak_memory_bytes"])),
-        ("peak disk", format_bytes(figures["peak_disk_bytes"])),
-        ("moved", f"{format_bytes(figures['bytes_written'])} written, {format_bytes(figures['bytes_read'])} read"),
+        ("peak disk", format_bytes(figures["peak_disk_bytes"]) + _of_room(foresight.choice)),
+        (
+            "moved",
+            f"{format_bytes(figures['bytes_written'])} written in all, {format_bytes(figures['bytes_read'])} read",
+        ),
         ("steps run", f"{figures['advances']:,} plainly"),
         ("waiting", format_seconds(figures["stall_seconds"])),
     ]
@@ -316,6 +330,10 @@ def _table(foresight: Foresight, outcome: Outcome | None) -> str:
     ]
     heading = "replayed in the event model" if outcome is not None else "predicted"
     return "\n".join([heading, *(f"  {name:<13}{text}" for name, text in rows)])
+
+
+def _of_room(choice: Choice) -> str:
+    return "" if choice.disk_nbytes is None else f" of the {format_bytes(choice.disk_nbytes)} there is room for"
 
 
 def _device_rows(choice: Choice, figures: dict[str, Any]) -> list[tuple[str, str]]:

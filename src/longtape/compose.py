@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ from longtape.plan.predict import horizon
 from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
+from longtape.processes import require_independent
 from longtape.protocols import Bytes, Job, Observer, Tier
 from longtape.report import Quantities, Report
 from longtape.retrospect import Retrospect
@@ -46,6 +48,7 @@ from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.disk import DiskTier
 from longtape.tiers.lent import LentTier
 from longtape.tiers.pool import SlotPool
+from longtape.timing import copying
 
 ALIGNMENT = 4096
 PADDED_FROM = 64 * 1024
@@ -56,6 +59,9 @@ CODEC_ITEMS = 3
 
 LEAST_CODEC_GAIN = 0.01
 """Share of the time that a codec must be predicted to save before it is used."""
+
+MOST_SMALL_NBYTES = 1 << 20
+"""Of two sizes whose transfers are timed, the smaller one has no more than this, nor than a quarter of the other."""
 
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
@@ -121,6 +127,8 @@ class Settings:
     """Make the run durable, and go on with one that was stopped; its files take the place of `disk`."""
     schedule: Any = None
     """A `checkpoint_schedules.CheckpointSchedule` to follow; None: the quickest plan is chosen."""
+    independent: bool = False
+    """The ranks are independent: no step communicates.  See `processes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,7 @@ class Hooks:
     """What the caller of a scan wants to be told."""
 
     on_plan: Callable[[Choice], None] | None
-    on_report: Callable[[Run], None] | None
+    on_report: Callable[[Report], None] | None
 
 
 class Run:
@@ -155,6 +163,7 @@ class Run:
         *,
         measure: Callable[[], JobCosts] | None = None,
     ) -> None:
+        require_independent(settings.independent)
         self._job, self._traits = job, traits
         self._settings = settings
         self._clock = time.perf_counter
@@ -169,7 +178,7 @@ class Run:
         self._report: Report | None = None
         self._codec = None if settings.compress is None else parse_codec(settings.compress)
         self._compressed: CompressedTier | None = None
-        self._codec_nbytes = 0
+        self._codec_nbytes, self._stored_fraction = 0, 1.0
         self._codec_notes: tuple[str, ...] = ()
         self._accelerator = traits.accelerator
         self._limits = None if traits.accelerator is None else traits.accelerator.limits
@@ -181,6 +190,12 @@ class Run:
         self._workers: Workers | None = None
         self._wanted = deque[Bytes]()
         self._providing = Aside("memory")
+        self._releases: list[Callable[[], object]] = [
+            self._wanted.clear,
+            self._providing.let_go,
+            partial(_release_memory, self._accelerator, self._pools),
+        ]
+        weakref.finalize(self, _let_go, os.getpid(), self._releases).atexit = False
         memory = parse_bytes(settings.memory)
         if not settings.stuck_seconds > 0:
             raise UsageError(
@@ -198,7 +213,7 @@ class Run:
         try:
             self._keeper = self._open_keeper()
             self._tier = self._open_tier()
-            self._workers = None if self._tier is None else Workers(self._tier, self._clock)
+            self._workers = self._open_workers()
             begun = self._begun()
             if begun is None:
                 self._choose(measure)
@@ -208,7 +223,6 @@ class Run:
                 self.choice, self.costs = begun
             self._assemble()
         except BaseException:
-            self._stop_providing()
             self._release_memory()
             self._release_storage(self._settings.stuck_seconds)
             if self._keeper is not None and self._keeper.begin is None:
@@ -238,6 +252,8 @@ class Run:
         """Measure, and choose a plan; the codec is used where the plan gains by it."""
         stated = self._settings.costs
         job = JobCosts() if stated is not None or measure is None else measure()
+        if job.busy is None and self._tier is not None:
+            job = replace(job, busy=copying(self._traits.state_nbytes))
         costs = stated or self._measure(job)
         if stated is None and self._accelerator is not None:
             costs = self._accelerator.with_link(costs, self._item_nbytes(self._traits.state_nbytes))
@@ -277,13 +293,12 @@ class Run:
             why = f" ({_seen(speed)})" if stated is None else ""
             self._codec_notes = (f"compress={self._codec.name!r} is not used, for it would save no time{why}",)
             return
-        self.costs, self.choice = through, found
+        self.costs, self.choice, self._stored_fraction = through, found, speed.stored_fraction
         self._codec_nbytes = CODEC_ITEMS * self._largest_item(found)
         self._compressed = CompressedTier(self._tier, self._codec, self._floats())
         assert self._workers is not None
-        self._workers.close(_PATIENCE_SECONDS)
         self._tier = self._compressed
-        self._workers = Workers(self._tier, self._clock)
+        self._workers.move_to(self._tier)
 
     def _try_windows(self, windows: Windows) -> None:
         """Run some windows of the chosen plan, beside storage if it is used, and predict by what their steps take."""
@@ -376,7 +391,7 @@ class Run:
         if self._transcript is not None and not self._transcript.uses_disk:
             return None
         if settings.tier is not None:
-            return LentTier(settings.tier)
+            return LentTier(settings.tier, self, settings.stuck_seconds)
         if settings.disk is None:
             return None
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
@@ -386,12 +401,25 @@ class Run:
             self._go_without_storage(error)
             return None
 
+    def _open_workers(self) -> Workers | None:
+        if self._tier is None:
+            return None
+        try:
+            workers = Workers(self._tier, self._clock)
+        except StorageError as error:
+            self._go_without_storage(error)
+            return None
+        self._releases.append(workers.let_go)
+        return workers
+
     def _open_keeper(self) -> Keeper | None:
         settings = self._settings
         if settings.resumable is None:
             return None
         limit = None if settings.disk_limit is None else parse_bytes(settings.disk_limit)
-        return Keeper(settings.resumable, limit=limit, stuck_seconds=settings.stuck_seconds)
+        keeper = Keeper(settings.resumable, limit=limit, stuck_seconds=settings.stuck_seconds)
+        self._releases.append(keeper.last_words())
+        return keeper
 
     def _begun(self) -> tuple[Choice, Costs] | None:
         """The plan of the run that is gone on with; None for one that begins."""
@@ -443,12 +471,16 @@ class Run:
             device=self._limits,
         )
 
+    def _disk_limit(self) -> int | None:
+        """Most bytes on storage: the stated limit, and what is free there."""
+        stated = self._settings.disk_limit
+        limits = (None if stated is None else parse_bytes(stated), getattr(self._tier, "limit", None))
+        return min((nbytes for nbytes in limits if nbytes is not None), default=None)
+
     def _room_on_disk(self) -> int | None:
-        """The stated limit, less what the headers of snapshots take of it."""
-        if self._settings.disk_limit is None:
-            return None
-        limit, state = parse_bytes(self._settings.disk_limit), self._item_nbytes(self._traits.state_nbytes)
-        return limit // self._stored_nbytes(state) * state
+        """That limit, less what the headers of snapshots take of it."""
+        limit, state = self._disk_limit(), self._item_nbytes(self._traits.state_nbytes)
+        return None if limit is None else limit // self._stored_nbytes(state) * state
 
     def _stored_nbytes(self, nbytes: int) -> int:
         """What an item of so many bytes takes on storage."""
@@ -457,11 +489,16 @@ class Run:
 
     def _measure(self, job: JobCosts) -> Costs:
         without = Costs(job.forward, job.reverse, job.record, job.pull_back)
-        if self._tier is None or self._workers is None:
+        if self._tier is None or self._workers is None or self._keeps_every_state():
             return without
-        sizes = [self._item_nbytes(self._traits.state_nbytes)]
+        state = self._item_nbytes(self._traits.state_nbytes)
+        # A slot, a copy of it, and the front end's copy of state 0 are held meanwhile.
+        room = max(min(self.memory_nbytes // 4, (self.memory_nbytes - state) // 2), PADDED_FROM)
+        sizes = [min(state, room // ALIGNMENT * ALIGNMENT)]
         if self._traits.residual_nbytes:
-            sizes.append(max(sizes[0], min(4 << 20, self.memory_nbytes // 4)))
+            large = max(sizes[0], min(4 << 20, self.memory_nbytes // 4))
+            # Of two sizes that are close to each other, noise would tell latency from bandwidth.
+            sizes = [max(1, min(sizes[0], MOST_SMALL_NBYTES, large // 4)), large]
         try:
             stuck_seconds = self._settings.stuck_seconds
             measure = partial(
@@ -487,8 +524,15 @@ class Run:
             read_latency=speed.read_latency,
             handling=speed.handling,
             handling_per_byte=speed.handling_per_byte,
-            save=0.0 if self._traits.working_slots else speed.copy_per_byte * sizes[0],
+            save=0.0 if self._traits.working_slots else speed.copy_per_byte * state,
         )
+
+    def _keeps_every_state(self) -> bool:
+        """Whether memory holds whatever storage could, so that no time of it changes the plan."""
+        traits = self._traits
+        if traits.steps is None or traits.residual_nbytes or self._keeper is not None or self._transcript is not None:
+            return False
+        return self._limits is None and traits.steps * self._item_nbytes(traits.state_nbytes) <= self.memory_nbytes
 
     def _block_nbytes(self, choice: Choice) -> int:
         return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)
@@ -562,8 +606,9 @@ class Run:
             stock.item_nbytes = {
                 k: self._stored_nbytes(n) for k, n in ((Kind.SNAPSHOT, state), (Kind.RESIDUALS, block))
             }
-            if self._settings.disk_limit is not None:
-                stock.storage_limit = parse_bytes(self._settings.disk_limit)
+            limit = self._disk_limit()
+            if limit is not None:
+                stock.storage_limit = limit / max(self._stored_fraction, 1e-9)  # the tier counts what is stored
             stock.write.add(costs.write_seconds(state))
             stock.read.add(costs.read_seconds(state))
             stock.block_write.add(costs.write_seconds(block))
@@ -575,7 +620,7 @@ class Run:
         self._budget = Budget(self.memory_nbytes)
         self._budget.reserve(self._codec_nbytes)
         self._budget.reserve(self._tape_nbytes())
-        self._trace = Trace(self._clock(), self._held, self._spacing if _paces_itself(choice) else None)
+        self._trace = Trace(self._clock(), spacing=partial(_spacing, stock) if _paces_itself(choice) else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
             stock=stock,
@@ -586,8 +631,9 @@ class Run:
             workers=self._workers,
             stuck_seconds=self._settings.stuck_seconds,
             observers=observers,
-            on_fault=self._warn_once,
+            on_first_fault=_warn,
         )
+        self._trace.held = partial(_held, self._budget, self._compressed or self._mover.storage)
         layout = self._layout()
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
         accelerator = self._accelerator
@@ -637,7 +683,7 @@ class Run:
             keeps_all=not layout.stores,
             steps=self._traits.steps or 0,
         )
-        self._mover.stored_nbytes = sum(
+        self._mover.storage.in_use = sum(
             len(self._stock.shelf(kind).stored) * self._mover.nbytes[kind] for kind in (Kind.SNAPSHOT, Kind.RESIDUALS)
         )
         self._trace.begin_at(self._stock.reached or 0)
@@ -655,19 +701,10 @@ class Run:
             else:
                 self._wanted.extend(memory[k : k + HUGE_PAGE] for k in range(HUGE_PAGE, memory.nbytes, HUGE_PAGE))
         if self._wanted:
-            self._providing.submit(partial(_provide_all, self._wanted))
-
-    def _held(self) -> tuple[int, int]:
-        stored = self._mover.stored_nbytes if self._compressed is None else self._compressed.stored_nbytes
-        return self._budget.in_use, stored
-
-    def _spacing(self) -> float:
-        stock = self._stock
-        return stock.write.value / stock.forward.value if stock.forward.value > 0 else 0.0
-
-    def _warn_once(self, message: str) -> None:
-        if len(self._mover.faults) == 1:
-            _warn(message)
+            try:
+                self._providing.submit(partial(_provide_all, self._wanted))
+            except StorageError:  # no thread for it: it comes as it is used
+                self._wanted.clear()
 
     # Running -------------------------------------------------------------------------------------
 
@@ -734,19 +771,14 @@ class Run:
             return  # a fork: locks and files are the parent's, whose workers may be holding them
         if self._keeper is not None:
             self._keeper.stop()
-        self._stop_providing()
         self._mover.close()
         self._release_memory()
+        self._trace.end()
 
     def _release_memory(self) -> None:
-        if self._accelerator is not None:
-            self._accelerator.close()
-        for pool in self._pools.values():
-            pool.close()
-
-    def _stop_providing(self) -> None:
         self._wanted.clear()
         self._providing.close(_PATIENCE_SECONDS)
+        _release_memory(self._accelerator, self._pools)
 
     def _release_storage(self, timeout: float) -> None:
         if self._workers is not None:
@@ -771,7 +803,7 @@ class Run:
         if self._state != "reversed":
             raise StateError(f"there is a report once reverse() has ended (the sweep is {self._state})")
         if self._report is None:
-            self._report = self._retrospect().report()
+            self._report = replace(self._retrospect().report(), trace=self._trace)
         return self._report
 
     def _retrospect(self) -> Retrospect:
@@ -868,6 +900,34 @@ def closed_if_it_fails(run: Run) -> Iterator[None]:
         raise
 
 
+def _let_go(process: int, releases: list[Callable[[], object]]) -> None:
+    """A run that nobody has closed is garbage: give back what it has, by calls that do not refer to it.
+
+    Called on any thread, in the middle of anything: waits for no thread, and takes no lock that somebody may hold.
+    """
+    if os.getpid() == process:  # in a fork all of it is the parent's
+        for release in releases:
+            release()
+
+
+def _release_memory(accelerator: Accelerator | None, pools: dict[Kind, Any]) -> None:
+    if accelerator is not None:
+        accelerator.close()
+    for pool in pools.values():
+        pool.close()
+
+
+# What a run's trace asks refers to no run: it may be kept for long.
+
+
+def _held(memory: Budget, storage: Budget | CompressedTier) -> tuple[int, int]:
+    return memory.in_use, storage.in_use if isinstance(storage, Budget) else storage.stored_nbytes
+
+
+def _spacing(stock: Stock) -> float:
+    return stock.write.value / stock.forward.value if stock.forward.value > 0 else 0.0
+
+
 def _provide_all(wanted: deque[Bytes]) -> None:
     while wanted:
         with suppress(IndexError):  # nobody wants the rest any more
@@ -888,6 +948,14 @@ def _seen(speed: CodecSpeed) -> str:
     return f"an item of this job became {times:.2f} times smaller, at {rates[0]} out and {rates[1]} back{slow}"
 
 
+def _on_disk(choice: Choice) -> str:
+    """What is written over the whole run, which wears the drive, and what of it is there at once."""
+    prediction, most = choice.prediction, choice.disk_nbytes
+    allowed = "" if most is None else f" of the {format_bytes(most)} there is room for"
+    written, held = format_bytes(prediction.bytes_written), format_bytes(prediction.peak_disk_bytes)
+    return f"{written} written to disk in all and {held} at once{allowed}"
+
+
 def describe(choice: Choice) -> str:
     """The plan in one line, for people."""
     parts = [f"{choice.schedule}: {choice.slots:,} snapshots {'on the device' if choice.on_device else 'in memory'}"]
@@ -897,6 +965,8 @@ def describe(choice: Choice) -> str:
         parts.append(f"{choice.prediction.writes:,} stored on disk")
     if choice.schedule == "asynchronous":
         parts.append(f"one stored every {choice.spacing:.1f} steps")
+    if choice.prediction.writes:
+        parts.append(_on_disk(choice))
     if choice.dense:
         parts.append(f"every state of the last {choice.dense:,} steps kept")
     if choice.record_fraction:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from math import inf
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 from time import perf_counter
 from typing import NamedTuple, Protocol, Self
 
@@ -21,11 +20,14 @@ from longtape.tiers.codecs import Codec
 from longtape.tiers.compressed import CompressedTier, FloatsOf
 from longtape.tiers.memory import MemoryTier
 from longtape.tiers.pool import SlotPool
+from longtape.timing import ONCE_SECONDS
 
 _PROBE = Key(Kind.SNAPSHOT, -1)
 _REPEATS = 3
 _LONG_SECONDS = 0.2
 """Once transfers have taken so long together, they are not repeated."""
+_LEAST_OF_BANDWIDTH = 0.05
+"""A large transfer takes at least this share of its time for its bytes."""
 _BEARABLE_SECONDS = 0.05
 """The larger of two sizes is to take no longer than this."""
 LEAST_WINDOWS = 2
@@ -184,18 +186,20 @@ def measure_tier(
     touch = slot.data.nbytes / max(perf_counter() - began, 1e-9)
     copy = _copy_seconds(slot.data[: sizes[0]])
     trial = _Trial(tier, workers, busy, stuck_seconds, repeats)
-    seen = [trial.of(Slot(slot.data[: sizes[0]]))]
-    used = [sizes[0]]
-    for nbytes in sizes[1:]:
-        bearable = int(_BEARABLE_SECONDS * used[0] / max(seen[0].write, seen[0].read))
-        if min(nbytes, bearable) > used[0]:
-            used.append(min(nbytes, bearable))
-            seen.append(trial.of(Slot(slot.data[: used[-1]])))
+    used, seen = [sizes[0]], [trial.of(Slot(slot.data[: sizes[0]]))]
+    while used[-1] < sizes[-1]:  # larger and larger, for where latency is long a little more takes no longer
+        bearable = int(_BEARABLE_SECONDS * used[-1] / max(seen[-1].write, seen[-1].read))
+        if bearable < 2 * used[-1] and len(used) > 1:
+            break
+        larger = min(sizes[-1], bearable)
+        if larger <= used[-1]:
+            break
+        used[1:], seen[1:] = [larger], [trial.of(Slot(slot.data[:larger]))]
     pool.give(slot)
     del slot
     pool.close()
-    write_latency, write_speed = _line(used, [both.write for both in seen])
-    read_latency, read_speed = _line(used, [both.read for both in seen])
+    write_latency, write_speed = line_through(used, [both.write for both in seen])
+    read_latency, read_speed = line_through(used, [both.read for both in seen])
     handling, per_byte = _rising(used, [both.handling for both in seen])
     return TierSpeed(
         write_speed, read_speed, write_latency, read_latency, touch, handling, per_byte, copy / max(1, sizes[0])
@@ -370,16 +374,18 @@ class _Trial:
         return _Both(write, read, (handling_writes + handling_reads) / 2.0)
 
     def _medians(self, slot: Slot, *, is_write: bool) -> tuple[float, float]:
-        seconds, handling, began = list[float](), list[float](), perf_counter()
-        while len(seconds) < self._wanted(perf_counter() - began, len(seconds)):
+        seconds, handling = list[float](), list[float]()
+        while len(seconds) < self._wanted(seconds):
             transfer = Transfer(_PROBE, slot, is_write=is_write)
             seconds.append(_time(self.workers, transfer, self.busy, self.stuck_seconds))
             handling.append(transfer.cpu_seconds + transfer.handover_seconds)
-        return median(seconds), median(handling)
+        return median_low(seconds), median(handling)
 
-    def _wanted(self, spent: float, done: int) -> int:
-        """Repetitions in all, going by those done: no more of those that take long."""
-        return self.repeats if spent < _LONG_SECONDS else min(self.repeats, max(1, done))
+    def _wanted(self, seconds: list[float]) -> int:
+        """Repetitions in all, going by those done: fewer of those that take long."""
+        if sum(seconds) < _LONG_SECONDS:
+            return self.repeats
+        return min(self.repeats, 1 if seconds[0] > ONCE_SECONDS else 2)
 
 
 def _time(workers: Workers, transfer: Transfer, busy: Callable[[], None] | None, stuck_seconds: float) -> float:
@@ -406,12 +412,10 @@ def _rising(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, floa
     return max(0.0, seconds[0] - slope * sizes[0]), slope
 
 
-def _line(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-    """Latency and bytes per second of the line through one or two points."""
+def line_through(sizes: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+    """Latency and bytes per second of the line through one or two points; where noise hides the slope, a low one."""
     if len(sizes) < 2 or sizes[0] == sizes[-1]:
         return 0.0, sizes[0] / seconds[0]
-    slope = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0])
-    if slope <= 0:
-        return 0.0, max(n / s for n, s in zip(sizes, seconds, strict=True))
-    latency = max(0.0, seconds[0] - slope * sizes[0])
-    return latency, 1.0 / slope if slope > 0 else inf
+    slope, steepest = (seconds[-1] - seconds[0]) / (sizes[-1] - sizes[0]), seconds[-1] / sizes[-1]
+    slope = min(max(slope, _LEAST_OF_BANDWIDTH * steepest), steepest)
+    return max(0.0, seconds[0] - slope * sizes[0]), 1.0 / slope

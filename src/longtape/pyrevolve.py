@@ -31,7 +31,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
+from longtape.processes import require_independent
 from longtape.protocols import Observer, Slot, Tier
 from longtape.report import Report
 from longtape.witness import Witness
@@ -331,8 +332,8 @@ class _OperatorsJob:
         return arrays
 
     def measure(self) -> JobCosts:
-        """Run the first steps; the first of them may compile, and is not timed if there is another."""
-        clock, seconds = time.perf_counter, 0.0
+        """Run the first steps; the quickest counts, for the first may compile."""
+        clock, seconds = time.perf_counter, inf
         for step in range(min(_TIMED_STEPS, self._steps)):
             self._aside[step] = [array.copy() for array in self._data(step)]
             began = clock()
@@ -341,7 +342,7 @@ class _OperatorsJob:
             except Exception as error:
                 error.add_note(f"longtape: while running steps {step} to {step} (forward sweep)")
                 raise
-            seconds = clock() - began
+            seconds = min(seconds, clock() - began)
             self._ran = step + 1
             self._see(step + 1)
         live = self._data(self._ran)
@@ -488,7 +489,9 @@ class BaseRevolver:
         observers: Iterable[Observer] = (),
         tier: Tier | None = None,
         costs: Costs | None = None,
+        independent: bool = False,
     ) -> None:
+        require_independent(independent)
         _require(checkpoint, "checkpoint", "get_data", "get_data_location")
         _require(fwd_operator, "fwd_operator", "apply")
         _require(rev_operator, "rev_operator", "apply")
@@ -498,7 +501,7 @@ class BaseRevolver:
         self.timings = timings
         self.profiler = Profiler() if profiler is None else profiler
         self._allowance, self._tier, self._costs = allowance, tier, costs
-        self._verify, self._stuck_seconds = verify, stuck_seconds
+        self._verify, self._stuck_seconds, self._independent = verify, stuck_seconds, independent
         self._max_reverse = _count(max_reverse, "max_reverse")
         watched = [self.profiler] if hasattr(self.profiler, "on_action") else []
         self._observers: list[Observer] = [*watched, *observers]
@@ -530,11 +533,6 @@ class BaseRevolver:
         if self._run is not None:
             self._run.close()
 
-    def __del__(self) -> None:
-        run = getattr(self, "_run", None)
-        if run is not None:  # a finalizer would hold the run, and with it operators that hold the revolver
-            run.close()
-
     def _prepare(self) -> Run:
         job = _OperatorsJob(
             self.checkpoint, self.fwd_operator, self.rev_operator, self.n_timesteps, verify=self._verify
@@ -557,6 +555,7 @@ class BaseRevolver:
             tier=self._tier,
             costs=costs,
             stuck_seconds=self._stuck_seconds,
+            independent=self._independent,
         )
         self._run = Run(job, traits, settings, measure=None if costs else job.measure)
         return self._run
@@ -618,6 +617,8 @@ class SingleLevelRevolver(BaseRevolver):
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with; measured on the first steps when None.
+        independent: The ranks are independent: no operator communicates.  Without it, a run beside other ranks is
+            refused.
 
     Raises:
         UsageError: An argument that cannot be honoured.

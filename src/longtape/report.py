@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from longtape.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from longtape.engine.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +211,18 @@ class Report:
     """Bytes of the items written over bytes that were stored of them."""
     lossy_bound: float | None = None
     """Largest relative error of each floating-point number that came back from storage; None: every byte came back."""
+    disk_limit_bytes: int | None = None
+    """Most bytes that storage might take: a stated limit, or what was free there less a reserve; None: not known."""
     device: DeviceReport | None = None
     """Where steps ran on a device.  Memory is then the host's, pinned, if anything was copied there."""
+    trace: Trace | None = field(default=None, repr=False, compare=False)
+    """What happened when; neither printed nor written as JSON."""
 
     def to_json(self) -> str:
         """One line of JSON."""
-        return json.dumps(asdict(self))
+        found = asdict(replace(self, trace=None))
+        del found["trace"]
+        return json.dumps(found)
 
     def append_to(self, path: str | os.PathLike[str]) -> None:
         """Add the report to a file of JSON lines, one line a run; the file is made if it is not there."""
@@ -256,6 +265,10 @@ class Report:
             held = format_seconds(self.durable_seconds)
             lines.append(f"{begun}made durable {self.durable_points:,} times, for which compute stood still for {held}")
         lines += [f"  {what}" for what in map(_transfers_line, self.transfers) if what]
+        if self.writes and self.disk_limit_bytes is not None:
+            held, written = format_bytes(self.measured.peak_disk_bytes), format_bytes(self.measured.bytes_written)
+            limit = format_bytes(self.disk_limit_bytes)
+            lines.append(f"on disk: {held} at most, of {limit} there was room for; {written} were written in all")
         if self.device is not None:
             lines += self.device.lines(self.measured.seconds)
         if self.measured.steps_recomputed or self.revolve_steps_recomputed:

@@ -125,6 +125,7 @@ class Retrospect:
             replans=tuple(Replan(*change) for change in trace.replans),
             replan_count=trace.replan_count,
             states_verified=self.states_verified,
+            disk_limit_bytes=choice.disk_nbytes,
             device=self._device_report(),
         )
 
@@ -133,7 +134,7 @@ class Retrospect:
         return Quantities(
             seconds=self.forward_seconds + self.reverse_seconds,
             peak_memory_bytes=mover.budget.peak,
-            peak_disk_bytes=mover.peak_stored_nbytes if packed is None else packed.peak_stored_nbytes,
+            peak_disk_bytes=mover.storage.peak if packed is None else packed.peak_stored_nbytes,
             bytes_written=written.nbytes if packed is None else packed.bytes_stored,
             bytes_read=fetched.nbytes if packed is None else packed.bytes_fetched,
             steps_recomputed=self.trace.steps_replayed,

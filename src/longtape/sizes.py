@@ -23,12 +23,12 @@ for _power, _prefix in enumerate(_PREFIXES, start=1):
 _LARGEST = 2**63 - 1
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: float | str) -> int:
     """The number of bytes that `value` means.
 
     ``"2GiB"`` is 2·1024³ and ``"2GB"`` is 2·1000³; the ``B`` may be left out, the case
     does not matter, and a space or underscores may help the reader: ``"64 MiB"``,
-    ``"1.5G"``, ``"1_000"``, ``"1e9"``.  A fraction of a byte is dropped.
+    ``"1.5G"``, ``"1_000"``, ``"1e9"``.  In text a fraction of a byte is dropped; a float must be whole.
 
     Raises:
         UsageError: `value` is negative, too large for a file offset, or not an amount of bytes.
@@ -38,15 +38,23 @@ def parse_bytes(value: int | str) -> int:
     elif isinstance(value, bool):
         raise _not_understood(value)
     else:
-        try:
-            nbytes = operator.index(value)
-        except TypeError:
-            raise _not_understood(value) from None
+        whole = whole_number(int(value) if isinstance(value, float) and value.is_integer() else value)
+        if whole is None:
+            raise _not_understood(value)
+        nbytes = whole
     if nbytes < 0:
         raise UsageError(f"an amount of bytes cannot be negative, but {value!r} is")
     if nbytes > _LARGEST:
         raise UsageError(f"{value!r} is more than the {_LARGEST} bytes that a file can hold; give less")
     return nbytes
+
+
+def whole_number(value: object) -> int | None:
+    """The integer that `value` is, of Python or of a framework; None if it is none (True is none)."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _parse_text(text: str) -> int:

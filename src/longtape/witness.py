@@ -21,6 +21,11 @@ _UNSEEN = 0
 """In the place of a hash: of a state of which an earlier process knew, or state 0 where it is not asked for."""
 
 
+def hashes_of(leaves: Sequence[Bytes]) -> list[int]:
+    """A hash of each leaf; never 0."""
+    return [xxhash.xxh3_64_intdigest(leaf.data) or 1 for leaf in leaves]
+
+
 class Witness:
     """Remembers the states of one run.
 
@@ -46,7 +51,7 @@ class Witness:
         Raises:
             ReplayError: A leaf differs.
         """
-        hashes = [xxhash.xxh3_64_intdigest(leaf.data) or 1 for leaf in leaves]
+        hashes = hashes_of(leaves)
         self._leaves = len(hashes)
         first = state * self._leaves
         if len(self._hashes) < first + self._leaves:

@@ -79,7 +79,7 @@ def gradient(
     **more: Any,
 ) -> tuple[bytes, Any]:
     """The bits of a gradient, and the report; `more` goes to `scan`."""
-    runs: list[Any] = []
+    reports: list[Any] = []
     problem = Problem(dropout=kind == "random", steps=steps)
     given = {**options(kind, pause), **more}
     given["observers"] = [*given["observers"], *observers]
@@ -87,10 +87,10 @@ def gradient(
 
     def scanned(step: Any, init: Any, xs: Any) -> Any:
         with _planned(planned):
-            return scan(step, init, xs, resume=directory, resume_seconds=seconds, on_report=runs.append, **given)
+            return scan(step, init, xs, resume=directory, resume_seconds=seconds, on_report=reports.append, **given)
 
     bits = problem.run(scanned)
-    return bits, runs[0].report
+    return bits, reports[0]
 
 
 class _planned:

@@ -164,7 +164,7 @@ def test_another_scan_is_refused(tmp_path, what, change):
 def test_a_resumed_scan_is_verified(tmp_path):
     half_way(tmp_path, scans.Problem(), verify=True)
     problem, reports = scans.Problem(), []
-    carry, ys = half_way(tmp_path, problem, verify=True, on_report=lambda run: reports.append(run.report))
+    carry, ys = half_way(tmp_path, problem, verify=True, on_report=reports.append)
     (carry.sum() + ys.sum()).backward()
     assert reports[0].states_verified is not None
     assert reports[0].resumed_from == "the turn"

@@ -37,7 +37,9 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("kind", [Chaotic, OutOfPlace])
 @pytest.mark.parametrize("probing", [False, True])
-def test_a_full_disk_only_slows(small_disk, kind, probing):
+def test_a_full_disk_only_slows(small_disk, kind, probing, monkeypatch):
+    """What was free when the run began, others have taken."""
+    monkeypatch.setattr("longtape.tiers.disk.usable_nbytes", lambda directory, beside: None)
     faults, writes = [], []
     for pages in [1, 2, 3, 4, 5, 6, 7, 9, 12, 16, 22, 30, 45, 60, 100, 300]:
         where = small_disk(pages * PAGE)
@@ -49,6 +51,16 @@ def test_a_full_disk_only_slows(small_disk, kind, probing):
     assert not faults[-1]
     if not probing:
         assert writes[-1] > writes[0] == 0
+
+
+@pytest.mark.parametrize("kind", [Chaotic, OutOfPlace])
+def test_a_small_disk_is_planned_for(small_disk, kind):
+    writes = []
+    for pages in [1, 4, 7, 12, 22, 45, 100, 300]:
+        report = run(disk=small_disk(pages * PAGE), kind=kind).report
+        assert not report.faults
+        writes.append(report.writes)
+    assert writes[-1] > writes[0] == 0
 
 
 def test_a_disk_that_others_fill(small_disk):

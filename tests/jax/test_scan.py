@@ -22,10 +22,10 @@ from jax import lax
 from jax.test_util import check_grads
 
 import longtape.jax as lt
-from longtape.compose import Run
 from longtape.errors import BudgetError, ReplayError, StepError, UsageError
 from longtape.jax import compiled
 from longtape.plan.costs import Costs
+from longtape.report import Report
 from longtape.testing.tiers import DamagingTier, FailingTier
 from longtape.tiers.memory import MemoryTier
 
@@ -109,10 +109,10 @@ class TestTransformations:
         assert_same(pull_back((C, jnp.arange(50.0))), true((C, jnp.arange(50.0))))
 
     def test_only_what_is_asked_for_gets_a_gradient(self) -> None:
-        runs: list[Run] = []
-        grad = jax.grad(lambda c: lt.scan(step, c, XS, on_report=runs.append, **KINDS)[0].sum())
+        reports: list[Report] = []
+        grad = jax.grad(lambda c: lt.scan(step, c, XS, on_report=reports.append, **KINDS)[0].sum())
         assert_same(grad(C), jax.grad(lambda c: lax.scan(step, c, XS)[0].sum())(C))
-        assert len(runs) == 1
+        assert len(reports) == 1
 
     def test_without_a_gradient_nothing_is_planned(self) -> None:
         plans: list[Any] = []
@@ -217,10 +217,10 @@ class TestReleases:
         np.testing.assert_array_equal(xs, XS)
 
     def test_the_budget_and_the_report(self, scratch: Path) -> None:
-        runs: list[Run] = []
+        reports: list[Report] = []
         many = jnp.zeros((3000, 5))
-        jax.grad(lambda c: lt.scan(step, c, many, memory=2000, disk=scratch, on_report=runs.append)[0].sum())(C)
-        report = runs[0].report
+        jax.grad(lambda c: lt.scan(step, c, many, memory=2000, disk=scratch, on_report=reports.append)[0].sum())(C)
+        report = reports[0]
         assert report.title == "scan of step"
         assert report.steps == 3000
         assert report.measured.peak_memory_bytes <= 2000
@@ -241,11 +241,12 @@ class TestStorage:
 
     @pytest.mark.parametrize("memory", [300, 2000, 20_000, 100_000])
     def test_recorded_windows(self, memory: int, scratch: Path) -> None:
-        runs: list[Run] = []
-        found = self.grad(lambda *a: lt.scan(*a, memory=memory, disk=scratch, costs=self.COSTS, on_report=runs.append))
+        reports: list[Report] = []
+        options = {"memory": memory, "disk": scratch, "costs": self.COSTS, "on_report": reports.append}
+        found = self.grad(lambda *a: lt.scan(*a, **options))
         assert_same(found, self.grad(lax.scan), rtol=0.0)
-        assert runs[0].report.steps_recorded > 0
-        assert runs[0].report.measured.peak_memory_bytes <= memory
+        assert reports[0].steps_recorded > 0
+        assert reports[0].measured.peak_memory_bytes <= memory
 
     @pytest.mark.parametrize("memory", [2000, 20_000, 100_000])
     @pytest.mark.parametrize("damaged", [False, True])
@@ -261,7 +262,7 @@ class TestStorage:
         assert_same(found, self.grad(lax.scan), rtol=0.0)
 
     def test_recorded_windows_of_a_loop_of_unknown_length(self, scratch: Path) -> None:
-        runs: list[Run] = []
+        reports: list[Report] = []
 
         def mine(c: Any) -> Any:
             state = lt.while_loop(
@@ -271,7 +272,7 @@ class TestStorage:
                 memory=20_000,
                 disk=scratch,
                 costs=self.COSTS,
-                on_report=runs.append,
+                on_report=reports.append,
             )
             return state[1].sum()
 
@@ -279,14 +280,14 @@ class TestStorage:
             return lax.scan(lambda c, _: (jnp.tanh(1.1 * c + 0.01), None), c, None, 1003)[0].sum()
 
         assert_same(jax.grad(mine)(C), jax.grad(true)(C), rtol=1e-6)
-        assert runs[0].report.steps == 1003
-        assert runs[0].report.steps_recorded > 0
+        assert reports[0].steps == 1003
+        assert reports[0].steps_recorded > 0
 
     def test_states_are_verified(self, scratch: Path) -> None:
-        runs: list[Run] = []
-        found = self.grad(lambda *a: lt.scan(*a, memory=600, disk=scratch, verify=True, on_report=runs.append))
+        reports: list[Report] = []
+        found = self.grad(lambda *a: lt.scan(*a, memory=600, disk=scratch, verify=True, on_report=reports.append))
         assert_same(found, self.grad(lax.scan))
-        assert (runs[0].report.states_verified or 0) > 100
+        assert (reports[0].states_verified or 0) > 100
 
     def test_a_step_that_does_something_else_each_time(self) -> None:
         calls = iter(range(1_000_000))
@@ -355,7 +356,7 @@ class TestWhileLoop:
         """In each published order the steps beyond one a step are run again."""
         steps_run = [int(step) for step in order.split(",")]
         steps = max(steps_run) + 1
-        runs: list[Run] = []
+        reports: list[Report] = []
         first = jnp.linspace(-1.0, 1.0, 1000)
 
         def loss(c: Any) -> Any:
@@ -365,7 +366,7 @@ class TestWhileLoop:
                 (0, c),
                 # Here state 0 takes no slot; the array starts at byte 64, and blocks have a head of as many bytes.
                 memory=(64 + first.nbytes + 64) * max(1, slots - 1),
-                on_report=runs.append,
+                on_report=reports.append,
             )
             return state[1].sum()
 
@@ -373,7 +374,7 @@ class TestWhileLoop:
             return lax.fori_loop(0, steps, lambda _, c: jnp.sin(c), c).sum()
 
         assert_same(jax.grad(loss)(first), jax.grad(plain)(first))
-        assert runs[0].report.measured.steps_recomputed <= len(steps_run) - steps
+        assert reports[0].measured.steps_recomputed <= len(steps_run) - steps
 
 
 class TestCompany:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import longtape.jax as lt
-from longtape.compose import Run
+from longtape.report import Report
 
 STEPS = 37
 KEY = jax.random.key(3)
@@ -211,13 +211,13 @@ def test_gradients_are_those_of_lax_scan(name: str, expected: Any) -> None:
 @pytest.mark.parametrize("memory", [1000, "6KiB"])
 @pytest.mark.parametrize("name", ["lstm", "integers", "random keys", "cond"])
 def test_so_are_those_of_tight_budgets(name: str, memory: int | str, expected: Any, scratch: Path) -> None:
-    plans: list[Run] = []
+    reports: list[Report] = []
     for disk in None, scratch:
-        found = _vjp(CASES[name], lambda *a: lt.scan(*a, memory=memory, disk=disk, on_report=plans.append))  # noqa: B023
+        found = _vjp(CASES[name], lambda *a: lt.scan(*a, memory=memory, disk=disk, on_report=reports.append))  # noqa: B023
         for one, other in zip(found, expected(name), strict=True):
             _assert_close(one, other)
-    for run in plans:
-        assert run.report.measured.peak_memory_bytes <= run.memory_nbytes
+    for report in reports:
+        assert report.measured.peak_memory_bytes <= report.memory_budget_bytes
 
 
 @pytest.mark.parametrize("name", ["rnn", "lorenz96", "linear", "pytrees", "relu", "inner scan"])

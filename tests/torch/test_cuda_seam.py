@@ -142,13 +142,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 def test_a_scan_through_it(cuda: FakeCuda, capture: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     quickly(monkeypatch)
     case, expected = case_of("lstm", 24)
-    device, runs = CudaDevice(DEVICE), []
+    device, reports = CudaDevice(DEVICE), []
     with standing_in(device):
         found = case.outcome(
-            scan, memory=1_000 if not capture else 8_000, host_memory=4_000, capture=capture, on_report=runs.append
+            scan, memory=1_000 if not capture else 8_000, host_memory=4_000, capture=capture, on_report=reports.append
         )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None)
-    report = runs[-1].report.device
+    report = reports[-1].device
     assert report.name == "A fake (cpu)"
     assert report.peak_bytes == 7
     assert not cuda.registered

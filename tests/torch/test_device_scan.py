@@ -62,7 +62,7 @@ def _times_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Callable[..., Any]:
-    """A scan in one of the modes; returns what it gave, and its run."""
+    """A scan in one of the modes; returns what it gave, and its report."""
 
     def in_mode(mode: str, case: Case, delay: Delay, *, staging: int = 2, **device: Any) -> tuple[Any, Any]:
         planner, capture, disk = MODES[mode]
@@ -71,10 +71,10 @@ def run(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Callable[..., Any]:
         options: dict[str, Any] = {"memory": MEMORY, "host_memory": MEMORY, "capture": capture}
         if disk:
             options["disk"] = scratch
-        runs: list[Any] = []
+        reports: list[Any] = []
         with simulated(delay, **device):
-            found = case.outcome(scan, on_report=runs.append, **options)
-        return found, runs[-1]
+            found = case.outcome(scan, on_report=reports.append, **options)
+        return found, reports[-1]
 
     return in_mode
 
@@ -87,20 +87,20 @@ def run(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> Callable[..., Any]:
 def test_gradients_are_plain_autograds_bit_for_bit(kind: str, mode: str, delay: str, run: Callable[..., Any]) -> None:
     case, expected = case_of(kind, STEPS)
     found, of = run(mode, case, DELAYS[delay])
-    assert same(found, expected), of.choice
-    assert of.report.device.links[0].count > 0
+    assert same(found, expected), of.schedule
+    assert of.device.links[0].count > 0
 
 
 @pytest.mark.parametrize("memory", [900, 1300, 20_000])
 @pytest.mark.parametrize("capture", [False, True])
 def test_on_the_device_alone(memory: int, capture: bool) -> None:
     case, expected = case_of("lstm", STEPS)
-    runs: list[Any] = []
+    reports: list[Any] = []
     with simulated(when_wanted) as device:
-        found = case.outcome(scan, memory=memory, capture=capture, on_report=runs.append)
+        found = case.outcome(scan, memory=memory, capture=capture, on_report=reports.append)
     assert same(found, expected)
     assert device.copies == 0
-    report = runs[-1].report.device
+    report = reports[-1].device
     assert 0 < report.pool_bytes <= report.budget_bytes == memory
     assert report.pinned_bytes == 0
 
@@ -108,25 +108,25 @@ def test_on_the_device_alone(memory: int, capture: bool) -> None:
 @pytest.mark.parametrize("capture", [False, True])
 def test_with_a_disk_the_hosts_memory_is_but_a_pipe(capture: bool, scratch: Path) -> None:
     case, expected = case_of("gated", 33)
-    runs: list[Any] = []
+    reports: list[Any] = []
     with simulated(drawn(1)):
         found = case.outcome(
-            scan, memory=4_000 if capture else 600, disk=scratch, capture=capture, on_report=runs.append
+            scan, memory=4_000 if capture else 600, disk=scratch, capture=capture, on_report=reports.append
         )
     assert same(found, expected)
-    assert capture or runs[-1].report.device.pinned_bytes > 0
+    assert capture or reports[-1].device.pinned_bytes > 0
 
 
 def test_what_the_planner_chooses(monkeypatch: pytest.MonkeyPatch, scratch: Path) -> None:
     case, expected = case_of("lstm", 33)
     found_plans = set()
     for memory, host, disk in [(900, 500, True), (900, 2_000, False), (3_000, 2_000, False), (40_000, 2_000, False)]:
-        runs: list[Any] = []
+        plans: list[Any] = []
         with simulated(drawn(memory)):
             options: dict[str, Any] = {"disk": scratch} if disk else {}
-            found = case.outcome(scan, memory=memory, host_memory=host, capture=False, on_report=runs.append, **options)
+            found = case.outcome(scan, memory=memory, host_memory=host, capture=False, on_plan=plans.append, **options)
         assert same(found, expected)
-        choice = runs[-1].choice
+        choice = plans[-1]
         found_plans.add((choice.schedule, choice.window > 1, choice.on_device))
     assert len(found_plans) >= 3
 
@@ -164,13 +164,14 @@ def test_inputs_read_lazily_and_verified_states(run: Callable[..., Any]) -> None
 
     lazily = Case(case.step, case.init, Lazy(), None, case.parameters)
     wanted = [k for k, tensor in enumerate(case.wanted()) if tensor is not case.xs]
-    runs: list[Any] = []
+    reports: list[Any] = []
     with simulated(when_wanted):
-        found = lazily.outcome(scan, memory=1_000, host_memory=1_000, capture=False, verify=True, on_report=runs.append)
+        options = {"memory": 1_000, "host_memory": 1_000, "capture": False, "verify": True}
+        found = lazily.outcome(scan, on_report=reports.append, **options)
     results = len(expected) - 1 - len(case.wanted())
     assert same(found[:results], expected[:results])
     assert same(found[results:-1], [expected[results + k] for k in wanted])
-    assert runs[-1].report.states_verified > 0
+    assert reports[-1].states_verified > 0
 
 
 def test_autocast_is_replayed() -> None:
@@ -305,7 +306,7 @@ def test_few_buffers_are_as_good_as_many(run: Callable[..., Any]) -> None:
     for staging in (2, 3, 4, 16):
         found, of = run("every state in the host's memory", case, drawn(staging), staging=staging)
         assert same(found, expected)
-        copies.append(of.report.device.links[1].count)
+        copies.append(of.device.links[1].count)
     assert copies[0] > copies[-1] > 0  # what is still on the device is used from there
 
 

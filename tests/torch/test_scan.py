@@ -275,7 +275,7 @@ def test_a_tier_of_the_callers_is_left_empty_and_open_however_often_the_sweeps_b
             reports: list[Any] = []
             options = {"memory": 30_000, "tier": tier, "capture": False, "on_report": reports.append}
             assert_same(case.outcome(scan, **options), expected)
-            assert reports[0].report.writes > 0
+            assert reports[0].writes > 0
             assert tier.bytes_in_use == 0
 
 
@@ -680,9 +680,9 @@ def test_a_fallback_is_told_in_the_report() -> None:
     case, reports = depends_on_data(), []
     carry, _ = scan(case.step, case.init, case.xs, memory=900, capture=True, on_report=reports.append)
     carry.sum().backward()
-    (note,) = reports[0].report.notes
+    (note,) = reports[0].notes
     assert "branches on the values of a tensor" in note
-    assert reports[0].report.measured.peak_memory_bytes <= 900
+    assert reports[0].measured.peak_memory_bytes <= 900
 
 
 def test_a_directory_that_cannot_be_written_to() -> None:
@@ -707,7 +707,7 @@ def test_captured_steps_are_reversed_one_at_a_time_where_the_plan_has_no_blocks(
 
     def gradients(**options: Any) -> Any:
         reports: list[Any] = []
-        (h, _), ys = scan(step, (init, init), xs, on_report=lambda run: reports.append(run.report), **options)
+        (h, _), ys = scan(step, (init, init), xs, on_report=reports.append, **options)
         return torch.autograd.grad(h.sum() + ys.square().sum(), [init, xs, *cell.parameters()]), reports[0]
 
     theirs, _ = gradients(memory=1 << 28, capture=False)

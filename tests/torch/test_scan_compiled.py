@@ -22,9 +22,7 @@ def test_compiled_graphs_give_the_gradients_of_the_plain_loop(make: Any, scratch
     torch.manual_seed(0)
     case, reports = make(), list[Any]()
     for memory, disk in ((1 << 24, None), (60_000, scratch)):
-        got = case.outcome(
-            scan, memory=memory, disk=disk, compile=True, on_report=lambda run: reports.append(run.report)
-        )
+        got = case.outcome(scan, memory=memory, disk=disk, compile=True, on_report=reports.append)
         assert_same(got, case.outcome(plain))
         assert all("last bits" in note for note in reports[-1].notes)
         assert reports[-1].measured.peak_memory_bytes <= memory

@@ -28,7 +28,7 @@ def outcome(case: Case, scratch: Path, compress: str, capture: bool, *, memory: 
         tier=slow(scratch),
         compress=compress,
         capture=capture,
-        on_report=lambda run: reports.append(run.report),
+        on_report=reports.append,
     )
     return got, reports[0]
 

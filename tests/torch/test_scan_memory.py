@@ -39,7 +39,7 @@ def run(steps_of):
     carry, _ = scan(lambda c, x: (cell(x, c), None), start, steps_of, memory=budget, disk=disk, capture=capture,
                     on_report=reports.append)
     carry[0].sum().backward()
-    return reports[0].report
+    return reports[0]
 
 class Few(Inputs):
     def __len__(self):
@@ -74,7 +74,7 @@ def test_a_tape_counts_though_autograd_saves_nothing(step: Any) -> None:
     scan(step, init, torch.zeros(60, 4, 1), memory=8 * 4 * 4096 * 8, capture=False, on_report=reports.append)[
         0
     ].sum().backward()
-    assert reports[0].report.window <= 8
+    assert reports[0].window <= 8
 
 
 @pytest.mark.parametrize("capture", [False, True])
@@ -88,7 +88,7 @@ def test_every_budget_gives_the_same_gradients(states: int, capture: bool, tmp_p
         reports: list[Any] = []
         memory = states * state
         assert_same(case.outcome(scan, memory=memory, disk=disk, capture=capture, on_report=reports.append), expected)
-        report = reports[0].report
+        report = reports[0]
         assert report.measured.peak_memory_bytes <= memory
         assert not report.faults
         if capture and states < 3:

@@ -24,7 +24,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_a_scan_in_memory_equals_the_plain_loop(case: Case, budget: str) -> None:
     reports: list[Any] = []
     memory = 8192 if budget == "least" else 1 << 24  # a carry, with the state of the random numbers
-    got = case.outcome(scan, memory=memory, capture=False, on_report=lambda run: reports.append(run.report))
+    got = case.outcome(scan, memory=memory, capture=False, on_report=reports.append)
     assert_same(got, case.outcome(plain))
     assert reports[0].measured.peak_memory_bytes <= memory
     assert not reports[0].notes
@@ -38,9 +38,7 @@ def test_a_scan_with_disk_equals_the_plain_loop(case: Case, scratch: Path) -> No
 def test_a_captured_scan_equals_the_plain_loop_or_says_why_it_is_not_captured(case: Case, scratch: Path) -> None:
     reports: list[Any] = []
     for memory, disk in ((1 << 24, None), (60_000, scratch)):
-        got = case.outcome(
-            scan, memory=memory, disk=disk, capture=True, on_report=lambda run: reports.append(run.report)
-        )
+        got = case.outcome(scan, memory=memory, disk=disk, capture=True, on_report=reports.append)
         assert_same(got, case.outcome(plain))
         report = reports.pop()
         assert report.measured.peak_memory_bytes <= memory
@@ -60,7 +58,7 @@ def test_gradients_have_the_bits_of_a_plain_loop_s(name: str, dtype: torch.dtype
     expected = case.outcome(plain)
     for memory, disk in ((1 << 24, None), (200_000, scratch)):
         reports: list[Any] = []
-        got = case.outcome(scan, memory=memory, disk=disk, on_report=lambda run: reports.append(run.report))  # noqa: B023
+        got = case.outcome(scan, memory=memory, disk=disk, on_report=reports.append)
         assert_same(got, expected, exact=True)
         if reports[0].notes:
             # On rows of 16 numbers, operators in place round otherwise than on contiguous memory.

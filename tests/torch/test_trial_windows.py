@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from longtape import compose
+from longtape.compose import Run
 from longtape.measure import _PROBE
 from longtape.plan.choose import predict_again
 from longtape.plan.predict import predict_revolve
@@ -18,22 +20,27 @@ from longtape.torch import scan
 STEPS, UNITS, BATCH = 300, 16, 8
 
 
-def gradients(tier: Any = None, memory: int = 96 << 10, **settings: Any) -> tuple[list[torch.Tensor], Any]:
+def gradients(tier: Any = None, memory: int = 96 << 10, **settings: Any) -> tuple[list[torch.Tensor], Run]:
     torch.manual_seed(3)
     cell = torch.nn.GRUCell(4, UNITS)
     xs = torch.randn(STEPS, BATCH, 4)
     start = torch.zeros(BATCH, UNITS, requires_grad=True)
-    runs: list[Any] = []
-    carry, _ = scan(
-        lambda h, x: (torch.nn.functional.dropout(cell(x, h), 0.1), None),
-        start,
-        xs,
-        memory=memory,
-        tier=tier,
-        capture=True,
-        on_report=runs.append,
-        **settings,
-    )
+    runs: list[Run] = []
+
+    def noting(*arguments: Any, **options: Any) -> Run:
+        runs.append(Run(*arguments, **options))
+        return runs[-1]
+
+    with mock.patch("longtape.torch.scan.Run", noting):
+        carry, _ = scan(
+            lambda h, x: (torch.nn.functional.dropout(cell(x, h), 0.1), None),
+            start,
+            xs,
+            memory=memory,
+            tier=tier,
+            capture=True,
+            **settings,
+        )
     found = torch.autograd.grad(carry.square().sum(), [start, *cell.parameters()])
     return list(found), runs[0]
 

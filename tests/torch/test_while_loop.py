@@ -44,7 +44,7 @@ def looped(steps, reports, **settings):
 
     init = h0, torch.zeros((), dtype=torch.int64)
     settings.setdefault("memory", "4KiB")
-    h, count = lt.while_loop(cond, step, init, on_report=lambda run: reports.append(run.report), **settings)
+    h, count = lt.while_loop(cond, step, init, on_report=reports.append, **settings)
     assert count == steps
     h.square().sum().backward()
     return h.detach(), w.grad, h0.grad
@@ -116,7 +116,7 @@ def test_what_goes_to_storage_is_compressed():
         tier=tier,
         capture=False,
         compress="bitshuffle+lz4",
-        on_report=lambda run: reports.append(run.report),
+        on_report=reports.append,
     )
     h.sum().backward()
     expected = torch.ones(1 << 14, dtype=torch.float64) * 1.01**300

@@ -14,7 +14,7 @@ import numpy as np
 from longtape.devito.job import OperatorsJob
 from longtape.devito.kernels import Array, Kernel, Rows, bytes_of
 from longtape.durable.fingerprints import of_bytes
-from longtape.protocols import Bytes, Slot
+from longtape.protocols import Bytes
 
 
 class _Written:
@@ -86,13 +86,6 @@ class Kept:
         if self._standing is not None:
             self._outputs.put_whole(self._standing)
             self._standing = None
-
-    def state(self) -> list[tuple[str, Bytes]]:
-        return self._job.leaves()
-
-    def put_initial(self, slot: Slot) -> None:
-        self._job.load(slot)
-        self._job.settle()
 
     def seed(self) -> str:
         kernel = self._reverse

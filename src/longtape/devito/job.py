@@ -75,8 +75,8 @@ class OperatorsJob:
         self._state = Fields([*(level.nbytes for f in wavefields for level in f.at(0)), 8])
         self._residuals = Fields([field.buffer.nbytes for field in self._read])
         self._home = _Place([field.buffer for field in self._read])
-        self._names = [f"{f.name}[t{level:+d}]" if level else f"{f.name}[t]" for f in wavefields for level in f.state]
-        self._witness = Witness(self._names.__getitem__) if verify else None
+        self._leaves = [f"{f.name}[t{level:+d}]" if level else f"{f.name}[t]" for f in wavefields for level in f.state]
+        self._witness = Witness(self._leaves.__getitem__) if verify else None
         self._turned, self._lossy = False, lossy
         self._final: KnownState | None = None
         """The final state, until it has been computed again."""
@@ -262,21 +262,19 @@ class OperatorsJob:
 
     # Whether it does the same again ------------------------------------------------------------
 
+    def _leaf_bytes(self) -> list[Bytes]:
+        return [bytes_of(level) for level in self._live(self._moment)]
+
     def _see(self) -> None:
         assert self._witness is not None
-        self._witness.see(self._moment, [bytes_of(level) for level in self._live(self._moment)])
-
-    def leaves(self) -> list[tuple[str, Bytes]]:
-        """The working state, each level with its name."""
-        self.settle()
-        return [(name, bytes_of(level)) for name, level in zip(self._names, self._live(self._moment), strict=True)]
+        self._witness.see(self._moment, self._leaf_bytes())
 
     def _check_final(self) -> None:
         """Hold the final state, computed again in the reverse sweep, against what it was; once."""
         known, self._final = self._final, None
         if known is None:
             return
-        if differs := [self._names[k] for k in known.differing(self._live(self._moment))]:
+        if differs := [self._leaves[k] for k in known.differing(self._live(self._moment))]:
             name, last = self._forward.name, self._forward.last
             raise ReplayError(
                 f"operator {name}, run again from a stored state to the last time {last}, ended in another "

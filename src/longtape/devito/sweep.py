@@ -25,6 +25,7 @@ from longtape.engine.trace import Trace
 from longtape.errors import ReplayError, UsageError
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
+from longtape.processes import require_independent
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
 from longtape.tiers.codecs import parse_codec
@@ -67,6 +68,8 @@ class Sweep:
             directory takes the place of `disk`; one state of `memory` is set aside for it.
         resume_seconds: Work that may be lost.
         name: Tells runs apart that share the directory.
+        independent: The ranks are independent: no operator exchanges halos.  Without it, a run beside other ranks
+            of MPI, or with Devito's MPI on, is refused.
 
     Raises:
         BudgetError: `memory` cannot hold one state, or with `resume` two.
@@ -103,7 +106,9 @@ class Sweep:
         resume: str | os.PathLike[str] | None = None,
         resume_seconds: float = DEFAULT_SECONDS,
         name: str = "sweep",
+        independent: bool = False,
     ) -> None:
+        require_independent(independent)
         lossy = compress is not None and parse_codec(compress).bound is not None
         if verify:
             refuse_lossy_verification(compress)
@@ -159,6 +164,7 @@ class Sweep:
                 compress=compress,
                 stuck_seconds=stuck_seconds,
                 resumable=resumable,
+                independent=independent,
             )
             is_timed = costs is None and begun is None
             self._run = Run(self._job, traits, settings, measure=self._job.measure if is_timed else None)

@@ -27,6 +27,7 @@ from pathlib import Path
 from longtape.durable import journal
 from longtape.durable.journal import Journal, Record
 from longtape.errors import ResumeError, StorageError, UsageError
+from longtape.tiers.openfile import OpenFile, open_file
 
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
@@ -65,7 +66,7 @@ class Home:
         self._users, self._closing = 0, False
         try:
             os.makedirs(self.directory, mode=0o700, exist_ok=True)
-            self._fd = _open_locked(self.journal_path, name)
+            self._file: OpenFile | None = _open_locked(self.journal_path, name)
         except OSError as error:
             raise StorageError(
                 error.errno, f"{self.directory} cannot hold a resumable run: {error.strerror}; name another directory"
@@ -86,6 +87,11 @@ class Home:
     def data_path(self) -> str:
         """Of the scratch file."""
         return os.path.join(self.directory, self.name + DATA)
+
+    @property
+    def _fd(self) -> int:
+        """The journal's descriptor; below 0 where it is closed."""
+        return -1 if self._file is None else self._file.fileno()
 
     def _read(self) -> None:
         try:
@@ -146,8 +152,8 @@ class Home:
         finally:
             with self._guard:
                 self._users -= 1
-                fd = self._let_go() if self._closing else -1
-            _close(fd)
+                file = self._let_go() if self._closing else None
+            _close(file)
 
     def sync_directory(self) -> None:
         """Make the names of the files durable.  Raises `OSError`."""
@@ -169,7 +175,7 @@ class Home:
             self._closing = False
         if self._fd < 0:
             try:
-                self._fd = _open_locked(self.journal_path, self.name)
+                self._file = _open_locked(self.journal_path, self.name)
             except OSError as error:
                 raise self._unreadable(error) from error
 
@@ -207,35 +213,36 @@ class Home:
         """Leave the files as they are, and give up the lock, once nobody uses them; idempotent."""
         with self._guard:
             self._closing = True
-            fd = -1 if self._users else self._let_go()
-        _close(fd)
+            file = None if self._users else self._let_go()
+        _close(file)
 
-    def _let_go(self) -> int:
-        fd, self._fd = self._fd, -1
-        return fd
+    def _let_go(self) -> OpenFile | None:
+        file, self._file = self._file, None
+        return file
 
 
-def _open_locked(path: str, name: str) -> int:
+def _open_locked(path: str, name: str) -> OpenFile:
     """The journal, made if it is missing, locked for this process alone."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        file = open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
+        fd = file.fileno()
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ResumeError(f"{path} is no regular file; move it, or use another name")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(path, fd):
-                return fd
+                return file
         except BlockingIOError:
             holder = _holder(fd)
-            os.close(fd)
+            file.close()
             raise ResumeError(
                 f"the run {name!r} in {os.path.dirname(path)} is going on in another sweep ({holder}); wait for it, "
                 "or give this one another name"
             ) from None
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
-        os.close(fd)  # it was removed, by a run that ended, between being opened and being locked
+        file.close()  # it was removed, by a run that ended, between being opened and being locked
 
 
 def _is_at(path: str, fd: int) -> bool:
@@ -267,11 +274,11 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _close(fd: int) -> None:
+def _close(file: OpenFile | None) -> None:
     """What a closing file has to complain of comes too late to matter: what had to be durable was synced."""
-    if fd >= 0:
+    if file is not None:
         with contextlib.suppress(OSError):
-            os.close(fd)
+            file.close()
 
 
 def _leave_to_parent() -> None:

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from longtape.actions import Key, Kind
@@ -59,9 +60,9 @@ def found_begin(home: Home) -> Begin | None:
     return points.read_begin(home.first) if home.first is not None else None
 
 
-def check_seconds(seconds: float) -> float:
-    """The option as a number.  Raises `UsageError`."""
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+def check_seconds(seconds: Any) -> float:
+    """The option as a number, of Python or of a framework.  Raises `UsageError`."""
+    if isinstance(seconds, bool | str) or not hasattr(seconds, "__float__") or not float(seconds) > 0:
         raise UsageError(f"resume_seconds is the work in seconds that may be lost, more than 0; not {seconds!r}")
     return float(seconds)
 
@@ -109,6 +110,7 @@ class Keeper:
         """For which the run stood still to be made durable."""
         self.resumed_from: str | None = None
         self._aside = Aside("durable")
+        self._aside.start()  # which fails now, or never
         self._attempt: _Attempt | None = None
         self._stuck: threading.Event | None = None
         """Set once a read that was given up has ended, which until then may still fill our slot."""
@@ -554,6 +556,10 @@ class Keeper:
         self.faults.append(message)
 
     # The end -----------------------------------------------------------------------------------
+
+    def last_words(self) -> Callable[[], None]:
+        """Closes what a keeper that nobody refers to leaves behind, without a reference to it; waits for nothing."""
+        return partial(self._aside.let_go, self._home.close)
 
     def stop(self) -> None:
         """Let the point under way end; no further one is made.  Idempotent; before the tier is closed."""

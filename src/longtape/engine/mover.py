@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from sys import maxsize
 
 from longtape.actions import Key, Kind
-from longtape.engine.workers import Transfer, Workers, close_aside
+from longtape.engine.workers import CLOSING_SECONDS, Transfer, Workers
 from longtape.errors import DeviceError, PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
 from longtape.protocols import Event, Observer, Pool, Slot, Tier
@@ -69,14 +70,13 @@ class Mover:
     held: dict[Key, Slot] = field(default_factory=dict)
     written: dict[Kind, Traffic] = field(default_factory=lambda: {kind: Traffic() for kind in Kind})
     fetched: dict[Kind, Traffic] = field(default_factory=lambda: {kind: Traffic() for kind in Kind})
-    stored_nbytes: int = 0
-    """Bytes of storage in use now, writes under way included."""
-    peak_stored_nbytes: int = 0
+    storage: Budget = field(default_factory=lambda: Budget(maxsize))
+    """Bytes of storage in use, writes under way included."""
     repeated_reads: int = 0
     """Reads that failed, and were tried once more."""
     faults: list[str] = field(default_factory=list)
     """The first of the failures, in words."""
-    on_fault: Callable[[str], None] | None = None
+    on_first_fault: Callable[[str], None] | None = None
     _under_way: dict[Key, Transfer] = field(default_factory=dict)
     _abandoned: set[Transfer] = field(default_factory=set)
 
@@ -119,7 +119,7 @@ class Mover:
     def _release(self, key: Key) -> None:
         if self.tier is None:
             return
-        self.stored_nbytes -= self.nbytes[key.kind]
+        self.storage.release(self.nbytes[key.kind])
         try:
             self.tier.release(key)
         except OSError as error:
@@ -143,8 +143,7 @@ class Mover:
             self.stock.end_write(key, ok=False)
             self._note_full(error)
             return
-        self.stored_nbytes += slot.data.nbytes
-        self.peak_stored_nbytes = max(self.peak_stored_nbytes, self.stored_nbytes)
+        self.storage.reserve(slot.data.nbytes)
         self._submit(Transfer(key, slot, is_write=True))
 
     def begin_read(self, key: Key) -> None:
@@ -272,10 +271,10 @@ class Mover:
                 self.stock.shelf(key.kind).capacity -= 1
 
     def _fault(self, message: str) -> None:
+        if not self.faults and self.on_first_fault is not None:
+            self.on_first_fault(message)
         if len(self.faults) < 100:
             self.faults.append(message)
-        if self.on_fault is not None:
-            self.on_fault(message)
 
     def close(self) -> bool:
         """Stop the workers, after the transfers in progress; False if one is stuck.
@@ -285,9 +284,13 @@ class Mover:
         """
         for transfer in self._under_way.values():
             transfer.claim()  # those not started never will be
-        ended = self.workers is None or self.workers.close(0.0 if self._abandoned else self.stuck_seconds)
+        ended = True
+        if self.workers is not None:
+            timeout = 0.0 if self._abandoned else self.stuck_seconds
+            is_lent = getattr(self.tier, "is_lent", False)  # what comes next may begin in it
+            ended = self.workers.close(timeout, timeout if is_lent else CLOSING_SECONDS)
         self._under_way.clear()
         self.held.clear()
-        if self.tier is not None:
-            close_aside(self.tier)
+        if self.tier is not None and (self.workers is None or not ended):
+            self.tier.close()  # for which the last worker does not come soon
         return ended

@@ -127,11 +127,11 @@ class Trace:
     def __init__(
         self,
         clock_zero: float,
-        held: Callable[[], tuple[int, int]],
+        held: Callable[[], tuple[int, int]] | None = None,
         spacing: Callable[[], float] | None = None,
     ) -> None:
         self.zero = clock_zero
-        self._held = held
+        self.held = held
         self._spacing = spacing
         self._paced = 0.0 if spacing is None else spacing()
         self.waits: dict[Cause, Wait] = {}
@@ -160,6 +160,10 @@ class Trace:
     def begin_at(self, step: int) -> None:
         """An earlier process has run the steps below this one."""
         self._reached = step
+
+    def end(self) -> None:
+        """The run is over: what is remembered stays, and nothing of the run is referred to."""
+        self.held = self._spacing = None
 
     # Observer ------------------------------------------------------------------------------
 
@@ -236,9 +240,9 @@ class Trace:
     def _note_levels(self, now: float) -> None:
         """Note the bytes held now; thinned so that at most `MOST_LEVELS` are kept."""
         self._level_count += 1
-        if self._level_count % self._level_every:
+        if self.held is None or self._level_count % self._level_every:
             return
-        self._levels.append(Level(now - self.zero, *self._held()))
+        self._levels.append(Level(now - self.zero, *self.held()))
         if len(self._levels) >= MOST_LEVELS:
             del self._levels[1::2]
             self._level_every *= 2

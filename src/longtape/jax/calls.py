@@ -8,7 +8,6 @@ reverse pass.  Called with anything else they say what stands in the way.
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +25,9 @@ from longtape.jax.chunks import Chunks
 from longtape.jax.durable import DurableLoop, of_arrays, of_program
 from longtape.jax.job import LoopJob, VerifiedLoopJob
 from longtape.jax.traced import Traced
+from longtape.processes import require_independent
 from longtape.sizes import parse_bytes
+from longtape.timing import TIMES
 
 CHUNK_SHARE = 8
 """A chunk's residuals take at most this part of the memory budget, unless a single step takes more."""
@@ -162,6 +163,7 @@ class Call:
 
     def begin(self, chunks: Chunks, inputs: list[Any]) -> tuple[Run, LoopJob]:
         """Measure and plan; the run is ready for its forward sweep."""
+        require_independent(self._settings.independent)
         home = None if self._durable is None else Home(self._durable.directory, self._durable.name)
         try:
             return self._begin_in(home, chunks, inputs)
@@ -181,7 +183,8 @@ class Call:
         records = room >= job.stride_nbytes
         notes = () if records else ("memory holds no residuals beside a carry: steps are run again one by one",)
         measures = settings.costs is None and state <= parse_bytes(settings.memory)
-        costs = job.measure() if measures and (home is None or found_begin(home) is None) else None
+        times = TIMES if has_storage or home is not None else 1  # without storage, the plan is the same for all times
+        costs = job.measure(times) if measures and (home is None or found_begin(home) is None) else None
         job.load_initial()
         job.begin_at(0)
         if isinstance(job, VerifiedLoopJob) and self._names is not None:
@@ -227,13 +230,13 @@ class Call:
 
     def tell_report(self, run: Run) -> None:
         if self._hooks.on_report is not None:
-            self._hooks.on_report(run)
+            self._hooks.on_report(run.report)
 
 
 class Pending:
     """A run between its sweeps, as JAX keeps it for the reverse pass: a pytree without leaves.
 
-    Releases the run when JAX drops it.
+    The run releases what it has when JAX drops it.
     """
 
     def __init__(self, call: Call, inputs: list[Any], perturbed: list[bool]) -> None:
@@ -251,7 +254,6 @@ class Pending:
         if self._over:
             return self._call.parts(self._inputs)[2]
         run, job = self._call.begin(self._chunks, self._inputs)
-        weakref.finalize(self, run.close)
         with closed_if_it_fails(run):
             self._call.tell_plan(run)
             run.forward()

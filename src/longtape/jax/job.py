@@ -23,10 +23,8 @@ from longtape.jax.leaving import WayOut, pinned_beside
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Slot
+from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES, count_together, least_seconds, step_seconds
 from longtape.witness import Witness
-
-_LEAST_SECONDS = 2e-3
-"""Shorter times are measured more than once."""
 
 
 class LoopJob:
@@ -287,50 +285,62 @@ class LoopJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self) -> JobCosts:
-        """Time a chunk of first steps forward and through their adjoint; nothing is kept of it."""
-        count = self.chunks.size if self.steps is None else min(self.chunks.size, self.steps)
+    def measure(self, times: int = TIMES) -> JobCosts:
+        """Time some first steps forward and through their adjoint, so many times; nothing is kept of it."""
+        most = self.chunks.size if self.steps is None else min(self.chunks.size, self.steps)
         chunks, clock = self.chunks, time.perf_counter
         self.begin_reverse(
             [None] * len(chunks.carry_bars),
             [None] * len(chunks.y_bars),
             [np.zeros(k.shape, k.dtype) for k in chunks.stacks(chunks.x_bars)],
         )
-        taken: int = count
-
-        def advance() -> float:
-            nonlocal taken
-            self.load_initial()
-            self._reached = 0
-            began = clock()
-            taken = max(1, self.advance(0, count))
-            return (clock() - began) / taken
-
-        def record() -> float:
-            self.load_initial()
-            self._reached = 0
-            began = clock()
-            self._record_chunk(0, count)
-            jax.block_until_ready(self.carry)
-            return (clock() - began) / taken
-
-        def pull_back() -> float:
-            began = clock()
-            self._pull_back_chunk(0, taken, self._stage())
-            return (clock() - began) / taken
-
-        def busy() -> None:
-            advance()
+        count = reached = 1
 
         def restore() -> None:
             self._reached = 0  # the first ys are computed once more
             self.load_initial()
 
-        forward = _least(advance, taken)
-        recorded, pulled = _least(record, taken), _least(pull_back, taken)
+        def advance() -> float:
+            nonlocal reached
+            restore()
+            began = clock()
+            reached = max(1, self.advance(0, count))
+            return clock() - began
+
+        def record() -> float:
+            nonlocal reached
+            restore()
+            began = clock()
+            reached = max(1, self._record_chunk(0, count))
+            jax.block_until_ready(self.carry)
+            return clock() - began
+
+        def pull_back() -> float:
+            began = clock()
+            self._pull_back_chunk(0, reached, self._stage())
+            return clock() - began
+
+        def timed(run: Callable[[], float]) -> float:
+            return least_seconds(run, times) / reached
+
+        chunks.advance, chunks.record, chunks.pull_back  # noqa: B018  (compiled, before anything is timed)
+        forward, times = step_seconds(advance, times)
+        if forward <= ONCE_SECONDS:
+            count = count_together(forward, most)
+            forward = timed(advance)
+        recorded, pulled = timed(record), timed(pull_back)
         restore()
+
+        def busy() -> None:
+            advance()
+
         return JobCosts(
-            forward=forward, reverse=recorded + pulled, record=recorded, pull_back=pulled, busy=busy, restore=restore
+            forward=forward,
+            reverse=recorded + pulled,
+            record=recorded,
+            pull_back=pulled,
+            busy=busy if count * forward <= MOST_BUSY_SECONDS else None,
+            restore=restore,
         )
 
 
@@ -396,12 +406,3 @@ class VerifiedLoopJob(LoopJob):
     def reverse(self, start: int, stop: int) -> None:
         self._see_loaded(start)
         super().reverse(start, stop)
-
-
-def _least(measure: Callable[[], float], steps: int) -> float:
-    """The shortest of a few times of one step; the first call compiles, and does not count."""
-    measure()
-    times = [measure()]
-    while len(times) < 3 and times[0] * steps < _LEAST_SECONDS:
-        times.append(measure())
-    return min(times)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from longtape.compose import Hooks, Run, Settings, refuse_resuming
+from longtape.compose import Hooks, Settings, refuse_resuming
 from longtape.durable.keeper import DEFAULT_SECONDS, check_seconds
 from longtape.errors import UsageError
 from longtape.jax.calls import Call, Where
@@ -21,7 +21,8 @@ from longtape.jax.traced import Traced
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.protocols import Observer, Tier
-from longtape.sizes import parse_bytes
+from longtape.report import Report
+from longtape.sizes import parse_bytes, whole_number
 
 
 def scan(
@@ -38,12 +39,13 @@ def scan(
     tier: Tier | None = None,
     costs: Costs | None = None,
     on_plan: Callable[[Choice], None] | None = None,
-    on_report: Callable[[Run], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
     resume: str | os.PathLike[str] | None = None,
     resume_seconds: float = DEFAULT_SECONDS,
     name: str = "scan",
+    independent: bool = False,
 ) -> tuple[Any, Any]:
     """`jax.lax.scan`, so that gradients through it fit in `memory`.
 
@@ -70,7 +72,7 @@ def scan(
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with; measured on the first steps when None.
         on_plan: Called with the chosen plan before the forward sweep.
-        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        on_report: Called with the report of each reverse sweep; its `trace` tells what happened when.
         verify: Compare every state that is computed again, or fetched, with what it was the first
             time, bit for bit.  Steps then run one by one, and take a hash and 8 bytes a leaf more.
             In a scan that is resumed, states of the process before were not seen.
@@ -82,6 +84,8 @@ def scan(
             is taken nothing is made durable.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
+        independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
+            `torch.distributed` or JAX is refused.
 
     Returns:
         The final carry, and the stacked ys.
@@ -103,6 +107,7 @@ def scan(
         tier=tier,
         costs=costs,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     parse_bytes(memory)
     seconds = check_seconds(resume_seconds)
@@ -136,9 +141,10 @@ def while_loop(
     tier: Tier | None = None,
     costs: Costs | None = None,
     on_plan: Callable[[Choice], None] | None = None,
-    on_report: Callable[[Run], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
+    independent: bool = False,
 ) -> Any:
     """`jax.lax.while_loop` with reverse-mode derivatives, in a memory budget.
 
@@ -157,9 +163,10 @@ def while_loop(
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         costs: Times to plan with.
         on_plan: Called with the chosen plan.
-        on_report: Called with the run after each reverse sweep.
+        on_report: Called with the report of each reverse sweep.
         verify: Compare states with what they were.
         stuck_seconds: Wait no longer than this for storage.
+        independent: The ranks are independent: no step communicates.
 
     Returns:
         The final carry.
@@ -169,8 +176,11 @@ def while_loop(
         BudgetError, StepError, UsageError: As `scan`.
         StorageError: Storage does not work.
     """
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise UsageError(f"max_steps must be an integer of at least 0, not {max_steps!r}")
+    if max_steps is not None:
+        most = whole_number(max_steps)
+        if most is None or most < 0:
+            raise UsageError(f"max_steps must be an integer of at least 0, not {max_steps!r}")
+        max_steps = most
     settings = Settings(
         memory,
         disk=disk,
@@ -179,6 +189,7 @@ def while_loop(
         tier=tier,
         costs=costs,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     parse_bytes(memory)
 
@@ -200,4 +211,4 @@ def _names(carry: Any) -> list[str]:
 def _is_empty(xs: Any, length: Any) -> bool:
     """Whether there is no step: nothing to store, and nothing to run."""
     leaves = jax.tree.leaves(xs)
-    return any(np.shape(leaf)[:1] == (0,) for leaf in leaves) or (not leaves and type(length) is int and length == 0)
+    return any(np.shape(leaf)[:1] == (0,) for leaf in leaves) or (not leaves and whole_number(length) == 0)

@@ -131,6 +131,9 @@ class Choice:
     the plan is one for a job without a device whose memory is `Device.memory_nbytes`.
     """
 
+    disk_nbytes: int | None = None
+    """Most bytes that storage may take: a stated limit, or what is free there less a reserve.  None: not known."""
+
     @property
     def uses_disk(self) -> bool:
         """Whether anything goes to storage."""
@@ -165,7 +168,8 @@ def choose(problem: Problem, costs: Costs) -> Choice:
         if _seconds(choice) < (1.0 - _least_gain(choice)) * _seconds(chosen):
             chosen = choice
     others = sorted((c for c in best.values() if c is not chosen), key=_seconds)
-    return replace(chosen, alternatives=tuple((c.schedule, c.prediction) for c in others))
+    alternatives = tuple((c.schedule, c.prediction) for c in others)
+    return replace(chosen, alternatives=alternatives, disk_nbytes=problem.disk_nbytes)
 
 
 def predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:

@@ -98,7 +98,7 @@ class Problem:
 
     has_disk: bool = False
     disk_nbytes: int | None = None
-    """Most bytes on storage; None: no stated limit."""
+    """Most bytes on storage: a stated limit, or what is free there less a reserve; None: there is no limit."""
 
     residual_nbytes: int | None = None
     """Residuals of one step; None: they cannot be laid out as bytes (no `record`)."""

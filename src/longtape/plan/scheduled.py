@@ -46,7 +46,8 @@ def settle(transcript: Transcript, problem: Problem, costs: Costs) -> Choice:
     if problem.disk_nbytes is not None and transcript.disk_items * state > problem.disk_nbytes:
         raise BudgetError(
             f"{transcript.name} keeps {transcript.disk_items} states at once on disk, {transcript.disk_items * state} "
-            f"bytes, but disk_limit={problem.disk_nbytes}; give more, or use another schedule"
+            f"bytes, but may take {problem.disk_nbytes} there: that is disk_limit, or what is free less a reserve; "
+            "give more, free some, or use another schedule"
         )
     return Choice(
         schedule="given",
@@ -58,6 +59,7 @@ def settle(transcript: Transcript, problem: Problem, costs: Costs) -> Choice:
         tail=0,
         stall_spacing=None,
         prediction=_predict(transcript, problem, costs, max(1, slots)),
+        disk_nbytes=problem.disk_nbytes,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import weakref
+from functools import partial
 
 from longtape.actions import Key
 from longtape.errors import DamagedBlock, StorageError, StorageFull, UsageError
@@ -24,7 +24,9 @@ from longtape.tiers import block, linux
 from longtape.tiers.behind import DropBehind
 from longtape.tiers.extents import Extents
 from longtape.tiers.ledger import Entry, Ledger
+from longtape.tiers.openfile import OpenFile
 from longtape.tiers.scratch import Scratch, open_scratch
+from longtape.tiers.space import usable_nbytes
 from longtape.tiers.whole import WholeFile
 
 LEAST_GROWTH_NBYTES = 64 << 20
@@ -42,7 +44,8 @@ class DiskTier:
     Args:
         directory: An existing directory on the disk to use.
         run_id: 16 bytes that mark this run's blocks; random by default.
-        limit: The most bytes the file may grow to, headers included; None: as the disk allows.
+        limit: The most bytes the file may grow to, headers included.  None: what is free on the disk now, less a
+            reserve (`space`); no limit is higher than that.
         direct: True: direct I/O, or an error; False: through the page cache, which is then
             dropped behind each batch of writes; None: direct where it works.
 
@@ -64,16 +67,13 @@ class DiskTier:
             raise UsageError(f"run_id must be 16 bytes, not {len(self.run_id)}")
         if limit is not None and limit < 0:
             raise UsageError(f"limit={limit} is negative; give the most bytes the scratch file may take")
-        self.limit = limit
+        self._stated_limit = limit
         scratch = self._scratch = self._open(os.fspath(directory), direct)
         try:
             self._set_up(scratch)
-        except BaseException:  # an interrupt, or no memory: nobody else knows the file
-            os.close(scratch.fd)
+        except BaseException:
+            scratch.file.close()
             raise
-        # A tier that nobody has closed, and nobody refers to: its file takes room on the disk.
-        self._closing = weakref.finalize(self, os.close, scratch.fd)
-        self._closing.atexit = False
 
     def _open(self, directory: str, direct: bool | None) -> Scratch:
         return open_scratch(directory, direct=direct)
@@ -83,12 +83,16 @@ class DiskTier:
             scratch.fd, block=scratch.block, memory_alignment=scratch.memory_alignment, direct=scratch.direct
         )
         self._behind = None if scratch.direct or scratch.in_memory else DropBehind(scratch.fd)
-        self._ledger = Ledger(str(scratch), self._close_file)
+        self._ledger = Ledger(str(scratch), partial(_close, scratch.file))
         self._extents = Extents()
         # Memory is not to be taken before it is needed.
         self._growth = 0 if scratch.in_memory else LARGEST_GROWTH_NBYTES
-        self.file_bytes = 0
+        file = os.fstat(scratch.fd)
+        self.file_bytes = file.st_size
         """How far the file has grown."""
+        limits = (self._stated_limit, usable_nbytes(scratch.directory, beside=512 * file.st_blocks))
+        self.limit: int | None = min((nbytes for nbytes in limits if nbytes is not None), default=None)
+        """The most bytes it may grow to; None: there is no telling."""
 
     # What the report wants to know -----------------------------------------------------------
 
@@ -260,8 +264,7 @@ class DiskTier:
         if self.limit is not None and least > self.limit:
             raise StorageFull(
                 errno.EDQUOT,
-                f"room for {format_bytes(size)} would grow {self._scratch} past its limit of "
-                f"{format_bytes(self.limit)}; raise the limit",
+                f"room for {format_bytes(size)} would grow {self._scratch} past {self._allowed(self.limit)}",
             )
         ahead = min(self._growth, max(LEAST_GROWTH_NBYTES, _GROWTH_ITEMS * size))
         while True:
@@ -279,6 +282,15 @@ class DiskTier:
                 self.file_bytes = wanted
                 return
 
+    def _allowed(self, limit: int) -> str:
+        """Which limit this is, and what to do about it."""
+        if limit == self._stated_limit:
+            return f"its limit of {format_bytes(limit)}; raise the limit"
+        return (
+            f"the {format_bytes(limit)} that were free there when the run began, less a reserve; free some, or use "
+            "another directory"
+        )
+
     def _allocate(self, nbytes: int) -> None:
         try:
             linux.allocate(self._scratch.fd, self.file_bytes, nbytes - self.file_bytes)
@@ -290,6 +302,7 @@ class DiskTier:
     def _give_back(self, entry: Entry) -> None:
         self._extents.give_back(entry.offset, self._file.size_of(entry.nbytes))
 
-    def _close_file(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed all the same, and nobody waits for what was in it
-            self._closing()
+
+def _close(file: OpenFile) -> None:
+    with contextlib.suppress(OSError):  # it is closed all the same, and nobody waits for what was in it
+        file.close()

@@ -1,28 +1,48 @@
 """A tier that belongs to somebody else: used, emptied and left open.
 
 Owns the list of what was put into it; must not know what kind of tier it is.  Threads as
-`longtape.protocols.Tier` says.
+`longtape.protocols.Tier` says; `close` is called by the last worker.
 
 Invariant: after `close`, the tier below holds nothing that came through here, and is
-open.  So a sweep can begin anew in it, and its owner goes on with it.
+open.  So a sweep can begin anew in it, and its owner goes on with it.  A borrower that nobody
+refers to any more may still be emptying it: the next one waits for that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from typing import Any
 
 from longtape.actions import Key
 from longtape.errors import StateError
 from longtape.protocols import Bytes, Tier
 
+_last: weakref.WeakValueDictionary[int, LentTier] = weakref.WeakValueDictionary()
+"""The last loan of each tier, by its `id`."""
+
 
 class LentTier:
-    """Implements `longtape.protocols.Tier` with a tier that its owner closes."""
+    """Implements `longtape.protocols.Tier` with a tier that its owner closes.
 
-    def __init__(self, inner: Tier) -> None:
+    Args:
+        inner: The owner's tier.
+        borrower: Whoever closes this, or is garbage some day; then its workers do.
+        patience: Wait no longer than these seconds for the last borrower's workers.
+    """
+
+    is_lent = True
+
+    def __init__(self, inner: Tier, borrower: object = None, patience: float = 0.0) -> None:
         self.inner = inner
         self._keys: set[Key] = set()
+        self._borrower = None if borrower is None else weakref.ref(borrower)
+        self._is_back = threading.Event()
+        before = _last.get(id(inner))
+        if before is not None and before._keys and before._borrower is not None and before._borrower() is None:
+            before._is_back.wait(patience)
+        _last[id(inner)] = self
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "inner":
@@ -52,3 +72,4 @@ class LentTier:
         while self._keys:
             with contextlib.suppress(OSError, StateError):  # broken, or closed by its owner already
                 self.inner.release(self._keys.pop())
+        self._is_back.set()

@@ -5,11 +5,12 @@ and not by the framework, whose allocator of pinned memory rounds every request 
 two.  Entered by the executor's thread only.
 
 Invariant: the memory is registered from before the first slot goes out until after the last
-copy, for which whoever closes the pool has waited.
+copy, for which whoever closes the pool has waited; or until nobody refers to the pool.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 from longtape.protocols import Bytes, Slot
@@ -35,16 +36,11 @@ class PinnedPool:
 
     def __init__(self, count: int, nbytes: int, *, alignment: int = 4096, pin: Pin, unpin: Pin) -> None:
         self._pool = SlotPool(count, nbytes, alignment=alignment)
-        self._unpin = unpin
-        self._memory = self._pool.memory(count)
-        self.pinned_nbytes = self._memory.nbytes
-        try:
-            pin(self._memory)
-        except BaseException:
-            del self._memory
-            self._pool.close()
-            raise
-        self._closed = False
+        memory = self._pool.memory(count)
+        self.pinned_nbytes = memory.nbytes
+        pin(memory)
+        self._unpinning = weakref.finalize(self, unpin, memory)
+        self._unpinning.atexit = False
 
     @property
     def high_water(self) -> int:
@@ -61,9 +57,5 @@ class PinnedPool:
 
     def close(self) -> None:
         """Release the memory; idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._unpin(self._memory)
-        del self._memory
+        self._unpinning()
         self._pool.close()

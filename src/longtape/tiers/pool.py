@@ -10,6 +10,7 @@ first, so that a run that needs few slots touches the pages of few.
 from __future__ import annotations
 
 import contextlib
+import mmap
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class SlotPool:
         self.count, self.nbytes, self.alignment = count, nbytes, alignment
         self._stride = stride = -(-nbytes // alignment) * alignment
         try:
+            self._mapping: mmap.mmap | None
             self._mapping, self._arena = map_aligned(count * stride, alignment)
         except (OSError, OverflowError, ValueError) as error:
             raise UsageError(
@@ -110,8 +112,10 @@ class SlotPool:
         self._out.clear()
         self._all = frozenset()
         self._arena = np.empty(0, dtype=np.uint8)
-        with contextlib.suppress(BufferError):  # a view outlives the pool, and keeps the memory
-            self._mapping.close()
+        mapping, self._mapping = self._mapping, None
+        if mapping is not None:
+            with contextlib.suppress(BufferError):  # a view outlives the pool, and keeps the memory, but no longer
+                mapping.close()
 
     def _require_open(self) -> None:
         if self._closed:

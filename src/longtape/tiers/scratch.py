@@ -15,12 +15,12 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 from dataclasses import dataclass, replace
 
 from longtape.errors import StorageError, UsageError
 from longtape.tiers import linux
 from longtape.tiers.aligned import map_aligned
+from longtape.tiers.openfile import OpenFile, open_file
 
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -31,9 +31,9 @@ _REMEDY = "see to the disk, or name another directory"
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
-    """An open scratch file.  Whoever holds this closes `fd`."""
+    """An open scratch file."""
 
-    fd: int
+    file: OpenFile
     directory: str
     direct: bool
     """Reads and writes go past the page cache."""
@@ -45,6 +45,11 @@ class Scratch:
     """What the address of a buffer must be a multiple of."""
     block: int
     """What offsets and lengths must be multiples of."""
+
+    @property
+    def fd(self) -> int:
+        """The file's descriptor."""
+        return self.file.fileno()
 
     def __str__(self) -> str:
         return f"the scratch file in {self.directory}"
@@ -62,16 +67,16 @@ def open_scratch(directory: str | os.PathLike[str], *, direct: bool | None = Non
         StorageError: The system failed otherwise.
     """
     path = os.path.abspath(os.fspath(directory))
-    fd = _open_anonymous(path)
+    file = _open_anonymous(path)
     try:
-        return _set_up(fd, path, direct)
+        return _set_up(file, path, direct)
     except OSError as error:
-        os.close(fd)
+        file.close()
         if isinstance(error, StorageError):
             raise
         raise StorageError(error.errno, f"the scratch file in {path} cannot be set up: {error}; {_REMEDY}") from error
     except BaseException:
-        os.close(fd)
+        file.close()
         raise
 
 
@@ -89,16 +94,16 @@ def open_named(path: str, *, is_new: bool, direct: bool | None = None) -> Scratc
     """
     trial = open_scratch(os.path.dirname(path), direct=direct)
     try:
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        fd = os.open(path, flags | (os.O_CREAT | os.O_EXCL if is_new else 0), 0o600)
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = open_file(path, flags | (os.O_CREAT | os.O_EXCL if is_new else 0))
         try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise OSError(errno.EINVAL, "it is no regular file")
-            _set_direct(fd, on=trial.direct)
+            _set_direct(file.fileno(), on=trial.direct)
             if not trial.direct:
-                _expect_no_order(fd)
+                _expect_no_order(file.fileno())
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
     except OSError as error:
         raise StorageError(
@@ -106,20 +111,26 @@ def open_named(path: str, *, is_new: bool, direct: bool | None = None) -> Scratc
         ) from error
     finally:
         with contextlib.suppress(OSError):  # it is closed all the same
-            os.close(trial.fd)
-    return replace(trial, fd=fd)
+            trial.file.close()
+    return replace(trial, file=file)
 
 
-def _open_anonymous(path: str) -> int:
+def _open_anonymous(path: str) -> OpenFile:
     if not os.path.isdir(path):
         what = "is not a directory" if os.path.exists(path) else "does not exist"
         raise UsageError(f"a scratch file is to be made in {path}, which {what}; name a directory you can write to")
     with contextlib.suppress(OSError, AttributeError):  # a file system, or a system, without O_TMPFILE
         # O_EXCL: nobody can give it a name later.
-        return os.open(path, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return open_file(path, os.O_TMPFILE | os.O_EXCL | os.O_RDWR)
+    name = os.path.join(path, f".longtape-{os.urandom(8).hex()}")
     try:
-        fd, name = tempfile.mkstemp(prefix=".longtape-", dir=path)  # mode 0600
-    except OSError as error:
+        file = open_file(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+        _unlink(name)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # an interrupt leaves no name behind
+            os.unlink(name)
+        if isinstance(error, StorageError) or not isinstance(error, OSError):
+            raise
         if error.errno in _FULL | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}:
             raise StorageError(
                 error.errno, f"no scratch file can be made in {path}: {error.strerror}; {_REMEDY}"
@@ -127,17 +138,20 @@ def _open_anonymous(path: str) -> int:
         raise UsageError(
             f"no scratch file can be made in {path} ({error.strerror}); name a directory you can write to"
         ) from error
+    return file
+
+
+def _unlink(name: str) -> None:
     try:
         os.unlink(name)
     except OSError as error:
-        os.close(fd)
         raise StorageError(
             error.errno, f"the scratch file {name} cannot be made anonymous: {error}; {_REMEDY}"
         ) from error
-    return fd
 
 
-def _set_up(fd: int, path: str, direct: bool | None) -> Scratch:
+def _set_up(file: OpenFile, path: str, direct: bool | None) -> Scratch:
+    fd = file.fileno()
     in_memory = linux.file_system(fd) in _IN_MEMORY
     memory_alignment, block = _alignments(fd)
     reason: str | None = "not asked for"
@@ -150,7 +164,7 @@ def _set_up(fd: int, path: str, direct: bool | None) -> Scratch:
         memory_alignment = 1
         _expect_no_order(fd)
     return Scratch(
-        fd=fd,
+        file=file,
         directory=path,
         direct=reason is None,
         fallback_reason=reason,

@@ -28,7 +28,7 @@ from longtape.torch.compiled import compiled_forward
 from longtape.torch.graphs import CaptureFailed, Operand, Signature, StepGraph, leaf_number
 from longtape.torch.partition import trace
 from longtape.torch.programs import forward_program
-from longtape.torch.reasons import reason, silence_loggers, this_thread
+from longtape.torch.reasons import is_lasting, reason, silence_loggers, this_thread
 
 Leaves = Sequence[Any]
 """Leaves of a pytree in its order: tensors, and None where the tree has None."""
@@ -69,6 +69,10 @@ class Call(threading.local):
         """Before the call, where it compiled a graph that draws random numbers."""
         self.settled = False
         """Inside `CapturedStep.settings`."""
+        self.outside: dict[str, Any] = {}
+        """Dynamo's settings outside of it."""
+        self.switched_off = False
+        """Dynamo is switched off, and would run the step without capturing anything."""
 
     def begin(self, carry: Leaves, x: Leaves, *, saving: bool) -> None:
         """Forget the answer of the call before."""
@@ -142,16 +146,31 @@ class CapturedStep:
 
         wanted = {**_SETTINGS, "recompile_limit": self._limit}
         known = {name: value for name, value in wanted.items() if hasattr(config, name)}
-        if config.disable or torch._dynamo.eval_frame._stance.stance != "default":
-            self.failure = "TorchDynamo is switched off"  # it would run the step, and capture nothing
-        call, outer = self._call, self._call.settled
+        call = self._call
+        before = call.settled, call.outside, call.switched_off
+        outside = {name: getattr(config, name) for name in known}
+        switched_off = config.disable or torch._dynamo.eval_frame._stance.stance != "default"
         with config.patch(known), warnings.catch_warnings(), torch.enable_grad():
             warnings.filterwarnings("ignore", module=r"torch\.")
-            call.settled = True
+            call.settled, call.outside, call.switched_off = True, outside, switched_off
             try:
                 yield
             finally:
-                call.settled = outer
+                call.settled, call.outside, call.switched_off = before
+
+    @contextlib.contextmanager
+    def outside_settings(self) -> Iterator[None]:
+        """Inside `settings`: Dynamo as the caller has set it."""
+        from torch._dynamo import config
+
+        with config.patch(self._call.outside) if self._call.outside else contextlib.nullcontext():
+            yield
+
+    @property
+    def answer(self) -> StepGraph:
+        """The graph that answered this thread's last call."""
+        assert self._call.graph is not None
+        return self._call.graph
 
     def run(self, step: Callable[..., Any], carry: Leaves, x: Leaves, *, saving: bool) -> Call:
         """Run one step under its guards; the answer stands until this thread's next call.
@@ -165,6 +184,8 @@ class CapturedStep:
         if not call.settled:
             with self.settings():
                 return self.run(step, carry, x, saving=saving)
+        if call.switched_off:
+            raise CaptureFailed("TorchDynamo is switched off")
         call.begin(carry, x, saving=saving)
         this_thread.capturing = True
         try:
@@ -175,13 +196,14 @@ class CapturedStep:
             if self._old_graphs and type(error).__name__ == "FailOnRecompileLimitHit":
                 self._compiled, self.graphs, self._old_graphs = None, [], 0
                 return self.run(step, carry, x, saving=saving)
-            self.failure = reason(error)
-            raise CaptureFailed(self.failure) from error
+            said = reason(error)
+            if is_lasting(error):
+                self.failure = said
+            raise CaptureFailed(said) from error
         finally:
             this_thread.capturing = False
         if call.graph is None:
-            self.failure = "the step computes nothing"
-            raise CaptureFailed(self.failure)
+            raise CaptureFailed("the step computes nothing")
         if call.graph.y_slots is None:
             self._learn_structure(call, call.graph, tree)
         return call
@@ -230,7 +252,7 @@ class CapturedStep:
 
         graph = trace(in_order, inputs, signature)
         self.graphs.append(graph)
-        call.rng_states = _rng_states(inputs) if graph.uses_rng else {}
+        call.rng_states = rng_states(inputs) if graph.uses_rng else {}
         return _dispatcher(call, graph, [order.index(k) for k in range(len(order))], compiled=self.compiled)
 
     def _learn_structure(self, call: Call, graph: StepGraph, tree: Any) -> None:
@@ -249,7 +271,7 @@ class CapturedStep:
             self.failure = f"the step returned a y of another structure ({y_spec} after {self.y_spec})"
         if self.failure is not None:
             self.failure = " ".join(self.failure.split())
-            _set_back(call.rng_states)
+            set_back(call.rng_states)
             raise CaptureFailed(self.failure)
         self.y_spec = y_spec
         numbers = iter(range(len(outputs)))
@@ -257,14 +279,15 @@ class CapturedStep:
         graph.carry_slots, graph.y_slots = slots[: len(leaves)], slots[len(leaves) :]
 
 
-def _rng_states(inputs: Sequence[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
-    """Of the default generators that a step with these inputs may draw from."""
+def rng_states(inputs: Sequence[torch.Tensor]) -> dict[torch.device, torch.Tensor]:
+    """States of the default generators that a step with these inputs may draw from."""
     devices = {tensor.device for tensor in inputs if tensor.device.type not in ("cpu", "meta")}
     states = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
     return {torch.device("cpu"): torch.get_rng_state(), **states}
 
 
-def _set_back(states: dict[torch.device, torch.Tensor]) -> None:
+def set_back(states: dict[torch.device, torch.Tensor]) -> None:
+    """Put the generators into these states."""
     for device, state in states.items():
         if device.type == "cpu":
             torch.set_rng_state(state)

@@ -10,15 +10,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from longtape.errors import StepError
 from longtape.protocols import Bytes
+from longtape.torch.agreement import disagreement, outcome
 from longtape.torch.blocks import Block
-from longtape.torch.capture import CapturedStep
-from longtape.torch.eager import Cotangents, ones_like
+from longtape.torch.capture import CapturedStep, rng_states, set_back
+from longtape.torch.eager import Cotangents, EagerStep, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure
@@ -26,8 +26,6 @@ from longtape.torch.tape import Cotangent, Tape, total
 
 _MOST_KEPT = 64
 _kept: OrderedDict[Any, CapturedStep] = OrderedDict()
-_checked: WeakKeyDictionary[CapturedStep, str | None] = WeakKeyDictionary()
-"""Steps whose graphs were held against the step itself, and in what they differ by rounding."""
 
 
 def _captured(step: Callable[..., Any], carry: Structure, x: Structure, leaves: Leaves, compiled: bool) -> CapturedStep:
@@ -54,6 +52,8 @@ class CapturedSteps:
         carry: Structure of the carry.
         like: Leaves of one carry.
         wants_x: Which leaves of x need a cotangent.
+        as_it_is: Makes what runs the step as it is; each graph is compared with it where it first answers.
+        exactly: Whether graphs must give the very bits of the step.
         compiled: Hand the graphs to PyTorch's compiler.
         room: Gives memory for the residuals of steps that are only tried.
 
@@ -69,10 +69,14 @@ class CapturedSteps:
         like: Leaves,
         wants_x: list[bool],
         *,
+        as_it_is: Callable[[], EagerStep],
+        exactly: bool = False,
         compiled: bool = False,
         room: Callable[[int], Bytes | torch.Tensor],
     ) -> None:
-        self._room = room
+        self._room, self._as_it_is, self._exactly = room, as_it_is, exactly
+        self._trusted: set[StepGraph] = set()
+        self._comparing = False
         x = inputs.leaves(0)
         self._captured = _captured(step, carry, inputs.structure, [*like, *x], compiled)
         if self._captured.failure is not None:
@@ -87,25 +91,9 @@ class CapturedSteps:
         """Of what steps return beside the carry; None before the first call."""
 
     @property
-    def checked(self) -> bool:
-        """Whether the graphs were held against the step itself before."""
-        return self._captured in _checked
-
-    @property
     def rounding(self) -> str | None:
         """What differs from the step run as it is by no more than rounding, if anything does."""
-        return _checked.get(self._captured)
-
-    def settle(self, disagreement: str | None, rounding: str | None) -> None:
-        """Trust the graphs from now on, or never again.
-
-        Raises:
-            CaptureFailed: There is a disagreement.
-        """
-        if disagreement is not None:
-            self._captured.failure = disagreement
-            raise CaptureFailed(disagreement)
-        _checked[self._captured] = rounding
+        return next((graph.rounding for graph in self._trusted if graph.rounding is not None), None)
 
     def as_block(self, memory: Bytes | torch.Tensor) -> Block:
         """Memory of `block_nbytes` bytes as a residual block; keep it with the memory."""
@@ -122,14 +110,49 @@ class CapturedSteps:
         return graphs[0] if len(graphs) == 1 else None
 
     def try_step(
-        self, carry: Leaves, x: Leaves
+        self, index: int, carry: Leaves, x: Leaves
     ) -> tuple[Leaves, Leaves, list[torch.Tensor | None], list[torch.Tensor | None]]:
-        """Results of step 0, and the cotangents of carry and x for cotangents of one."""
+        """Results of a step, and the cotangents of carry and x for cotangents of one."""
         block = self.spare_block()
-        new_carry, y, number = self.record(0, carry, x, block, 0)
+        new_carry, y, number = self.record(index, carry, x, block, 0)
         ones = ones_like([*new_carry, *y])
         bars = self.pull_back(number, block, 0, x, list(ones[: len(new_carry)]), list(ones[len(new_carry) :]))
         return new_carry, y, totals(bars[0]), totals(bars[1])
+
+    def _trust(self, index: int, carry: Leaves, x: Leaves) -> None:
+        """Compare the graph that has just answered with the step itself, once, at this very state.
+
+        Raises:
+            CaptureFailed: They disagree; or by rounding, where the very bits are wanted.
+        """
+        graph = self._captured.answer
+        if graph in self._trusted or self._comparing:
+            return
+        if not graph.compared:
+            wrong, graph.rounding = self._compare(index, carry, x)
+            if wrong is not None:
+                self._captured.failure = wrong
+                raise CaptureFailed(wrong)
+            graph.compared = True
+        if graph.rounding is not None and self._exactly:
+            raise CaptureFailed(f"{graph.rounding} in the last bits; capture=True accepts that")
+        self._trusted.add(graph)
+
+    def _compare(self, index: int, carry: Leaves, x: Leaves) -> tuple[str | None, str | None]:
+        """Run the step both ways, from the same random state, on a tape of its own; see `disagreement`."""
+        states, tape, step = rng_states([*carry, *x]), self._tape, self._as_it_is()
+        self._tape, self._comparing = Tape(self._captured, self._step, new_run=False), True
+        try:
+            ours = outcome(self, index, carry, x)
+            with self._captured.outside_settings():
+                set_back(states)
+                step.advance(index, _copies(carry), _copies(x))  # which finds what it closes over
+                set_back(states)
+                theirs = outcome(step, index, _copies(carry), _copies(x))
+        finally:
+            self._tape, self._comparing = tape, False
+            set_back(states)
+        return disagreement(ours, theirs, index)
 
     def forget(self) -> None:
         """Start anew, as if no step had been run: what was pulled back so far does not count."""
@@ -163,12 +186,16 @@ class CapturedSteps:
 
     def advance(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
         """Run one step, keeping nothing."""
-        return self._leaves(index, *self._tape.advance(self._carry.expand(carry), self._x(x)))
+        results = self._leaves(index, *self._tape.advance(self._carry.expand(carry), self._x(x)))
+        self._trust(index, carry, x)
+        return results
 
     def record(self, index: int, carry: Leaves, x: Leaves, block: Block, position: int) -> tuple[Leaves, Leaves, int]:
         """Run one step and keep its residuals; the number names the graph it took."""
         new_carry, y, number = self._tape.record(self._carry.expand(carry), self._x(x), block, position)
-        return *self._leaves(index, new_carry, y), number
+        results = self._leaves(index, new_carry, y)
+        self._trust(index, carry, x)
+        return *results, number
 
     def pull_back(
         self, number: int, block: Block, position: int, x: Leaves, carry_bar: list[Cotangent], y_bar: Cotangents
@@ -237,6 +264,10 @@ class CapturedSteps:
     def gradients(self) -> list[torch.Tensor | None]:
         """What `pull_back` has accumulated, in the order of `closed_over`."""
         return [gradient for _, gradient in self._tape.gradients()]
+
+
+def _copies(leaves: Leaves) -> Leaves:
+    return [leaf.detach().clone() for leaf in leaves]
 
 
 def totals(cotangents: list[Cotangent]) -> list[torch.Tensor | None]:

@@ -12,13 +12,15 @@ gone after it).  One thread at a time.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtape.errors import StepError
+from longtape.torch.generators import Generators, refusal
 from longtape.torch.structure import Leaves
 
 RUNS_EXAMINED = 2
@@ -51,10 +53,16 @@ def memory_of(tensor: torch.Tensor) -> int:
 
 
 class Closures(TorchDispatchMode):
-    """Watches the runs of one step; enter it around each, between `begin` and `end`."""
+    """Watches the runs of one step; enter it around each, between `begin` and `end`.
+
+    Inside it nothing may be compiled, see `compiling`.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
+        self.generators = Generators()
         self.strict = True
         """Raise where the step breaks the rules; otherwise only note it in `broken`."""
         self.broken: StepError | None = None
@@ -81,6 +89,7 @@ class Closures(TorchDispatchMode):
     def begin(self, index: int, carry: Leaves, x: Leaves) -> None:
         """Step `index` is about to run."""
         self._index, self._made = index, set()
+        self.generators.begin()
         self._carry, self._x = [memory_of(leaf) for leaf in carry], {memory_of(leaf) for leaf in x}
         self._runs += 1
         self._dependent = {*self._carry, *self._x} if self._runs <= RUNS_EXAMINED else None
@@ -112,6 +121,8 @@ class Closures(TorchDispatchMode):
             if self._dependent is not None:
                 depends = depends or tensor.requires_grad or memory in self._dependent
         self._check_writes(func, args, kwargs or {})
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            args = pytree.tree_map_only(callable, self._watched, args)
         result = func(*args, **kwargs) if kwargs else func(*args)
         for tensor in tensors_in((result,)):
             memory = memory_of(tensor)
@@ -120,6 +131,15 @@ class Closures(TorchDispatchMode):
             if depends:
                 self._mark(tensor, memory)
         return result
+
+    def _watched(self, branch: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that a higher-order operator is given; it would call it unwatched."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return branch(*args, **kwargs)
+
+        return watched
 
     # Reading -----------------------------------------------------------------------------------
 
@@ -162,11 +182,8 @@ class Closures(TorchDispatchMode):
             for tensor in tensors_in(args[3:5]):
                 self._check_write(func, tensor)
         generator = kwargs.get("generator")
-        if generator is not None and generator is not torch.default_generator:
-            self._refuse(
-                f"draws random numbers from a generator of its own ({func}), which would give others when the step is "
-                "run again; only PyTorch's default generator is replayed"
-            )
+        if generator is not None and not self.generators.is_repeatable(generator):
+            self._refuse(refusal(func))
 
     def _check_write(self, func: Any, tensor: torch.Tensor) -> None:
         memory = memory_of(tensor)
@@ -215,13 +232,26 @@ def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
 
 
 class Created(TorchDispatchMode):
-    """Keeps the tensors that operators return, so that leaves made inside a step can be told apart."""
+    """Keeps the tensors that operators return, so that leaves made inside a step can be told apart.
 
-    def __init__(self) -> None:
+    Refuses draws that are not repeatable, too.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, index: int) -> None:
         super().__init__()
         self.made: dict[int, torch.Tensor] = {}
+        self._index, self._generators = index, Generators()
+
+    def ignore_compile_internals(self) -> bool:  # type: ignore[override]
+        """What is compiled inside makes no leaves: TorchDynamo need not refuse to compile it."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        generator = (kwargs or {}).get("generator")
+        if generator is not None and not self._generators.is_repeatable(generator):
+            raise StepError(f"step {self._index} {refusal(func)}")
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in((result,)):
             self.made[id(tensor)] = tensor

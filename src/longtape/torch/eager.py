@@ -10,7 +10,7 @@ before is an error, never a lost gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -20,31 +20,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from longtape.errors import StepError
+from longtape.torch.autocast import Ambient
 from longtape.torch.closures import Closures, Created
+from longtape.torch.compiling import uncompiled
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure, flatten
+from longtape.torch.transforms import without_hooks
 
 Cotangents = list[torch.Tensor | None]
-
-
-class Ambient:
-    """The autocast state at the time of the call, to be the same whenever a step runs again."""
-
-    def __init__(self, devices: Iterable[str]) -> None:
-        self._settings = [
-            (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-            for device in sorted(set(devices))
-        ]
-        self._cache = torch.is_autocast_cache_enabled()
-        self.is_trivial = not any(enabled for _, _, enabled in self._settings)
-
-    def __call__(self) -> ExitStack:
-        stack = ExitStack()
-        if self.is_trivial and not any(torch.is_autocast_enabled(device) for device, _, _ in self._settings):
-            return stack
-        for device, dtype, enabled in self._settings:
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
-        return stack
 
 
 def differentiable(tensor: torch.Tensor) -> bool:
@@ -89,7 +72,7 @@ class EagerStep:
         """Of what steps return beside the carry; None before the first call."""
         self._y_like: list[tuple[torch.Size, torch.dtype]] | None = None
         self.closures: Closures | None = Closures()
-        """Watches the forward sweep; None to run unwatched, where no gradient is wanted."""
+        """Watches the forward sweep; None to run unwatched, where no gradient is wanted and nothing is run again."""
         self._mutates_carry = False
         self._gradients: dict[int, torch.Tensor] = {}
         self._owned: set[int] = set()
@@ -145,11 +128,11 @@ class EagerStep:
         """Run one step without gradients."""
         watched = self.closures
         if watched is None:
-            with torch.no_grad(), self._ambient():
+            with torch.no_grad():  # and whatever else is around the call, of which this is a part
                 carry, y = self._call(index, carry, x)
         else:
             watched.begin(index, carry, x)
-            with torch.no_grad(), self._ambient(), watched:
+            with torch.no_grad(), self._ambient(), uncompiled(), watched:
                 carry, y = self._call(index, carry, x)
             watched.end(carry, y)
         return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
@@ -187,10 +170,10 @@ class EagerStep:
         """Drop what was accumulated."""
         self._gradients, self._owned = {}, set()
 
-    def try_step(self, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
-        """Results of step 0, run before, and the cotangents of carry and x for cotangents of one."""
+    def try_step(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves, Cotangents, Cotangents]:
+        """Results of a step, run before, and the cotangents of carry and x for cotangents of one."""
         self.begin_reverse(self.closed_over())
-        _, tape = self.tape(0, carry, x)
+        _, tape = self.tape(index, carry, x)
         ones = ones_like(tape.carry_out + tape.y_out)
         bars = self.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
         return tape.carry_out, tape.y_out, *bars
@@ -212,8 +195,8 @@ class EagerStep:
             stack.enter_context(self._ambient())
             carry_in = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
             x_in = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
-            if self.closures is not None and self.closures.some_died:
-                made = stack.enter_context(Created()).made
+            if self.closures is not None and (self.closures.some_died or self.closures.generators.used):
+                made = stack.enter_context(Created(index)).made
             if self._stand_ins:
                 stack.enter_context(_StandIns(self._stand_ins))
             newest = torch.zeros((), requires_grad=True).clone().grad_fn
@@ -258,7 +241,8 @@ class EagerStep:
         if not outputs or not targets:
             found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
         else:
-            found = iter(torch.autograd.grad(outputs, targets, seeds, allow_unused=True))
+            with without_hooks(self._closed):
+                found = iter(torch.autograd.grad(outputs, targets, seeds, allow_unused=True))
         bars = [next(found) if leaf.requires_grad else None for leaf in tape.carry_in + tape.x_in]
         for tensor, gradient in zip(self._closed, found, strict=True):
             if gradient is not None:

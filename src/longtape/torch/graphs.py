@@ -94,6 +94,12 @@ class StepGraph:
     y_slots: list[int | None] | None = None
     """Per leaf of y its output; None until the graph has run once."""
 
+    compared: bool = False
+    """Whether it was compared with the step itself."""
+
+    rounding: str | None = None
+    """In what it differs from the step by rounding, if it does."""
+
     cache: dict[Any, Any] = field(default_factory=dict)
     """Compiled programs, kept by ``programs.py``."""
 

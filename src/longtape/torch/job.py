@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.plan.within import within
 from longtape.protocols import Bytes, Floats, Slot
+from longtape.timing import MOST_BUSY_SECONDS, TIMES, count_together, least_seconds, step_seconds
+from longtape.torch.agreement import agree, same_bits
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
-from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, ones_like
+from longtape.torch.eager import Cotangents, EagerStep, Tape, ones_like
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
+from longtape.torch.memory import held_by
 from longtape.torch.places import Form, HostPlace, Place
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
@@ -35,14 +38,17 @@ UNKNOWN_NBYTES = 1 << 60
 """Of a taped step that cannot be examined: so many that no two steps are taped together."""
 
 
-MOST_SAMPLED = 64
-"""Steps run to see how small the job's data becomes."""
+MOST_SAMPLED, MOST_SAMPLED_EAGERLY = 64, 4
+"""Steps run to see how small the job's data becomes: as graphs, and as the user's own calls."""
 
 SAMPLE_NBYTES = 1 << 20
 
 MOST_TIMED = 16
 TIMED_NBYTES = 8 << 20
-"""How often a step is recorded to time it, and the most room that takes."""
+"""How many captured steps are timed together, and the most room that takes."""
+
+EAGER_TIMES = 2
+"""How often an eager step is run to be timed, and how often taped."""
 
 
 class Randomness:
@@ -392,37 +398,38 @@ class ScanJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self) -> JobCosts:
-        """Time step 0 forward and through its adjoint; nothing is kept of it."""
+    def measure(self, *, once: bool = False) -> JobCosts:
+        """Time step 0 forward and through its adjoint; nothing is kept of it.
+
+        Args:
+            once: Run it once each way: no choice depends on the times.
+        """
         if self._measured is None:
             try:
-                self._measured = self._time()
+                self._measured = self._time(once)
             except Exception as error:
                 _name_step(error, 0)
                 raise
         return self._measured
 
-    def _time(self) -> JobCosts:
-        clock = self.place.now
-
-        def forward() -> float:
-            self.load_initial()
-            began = clock()
-            self.stepper.advance(0, self.carry, self.inputs.leaves(0))
-            return clock() - began
-
-        def busy() -> None:
-            forward()
-
+    def _time(self, once: bool) -> JobCosts:
         if isinstance(self.stepper, EagerStep):
             self._check_repeatable(self.stepper)
-        seconds = _typical(forward)
-        if isinstance(self.stepper, CapturedSteps):
-            costs = self._time_recording(self.stepper, seconds)
+            forward, reverse = partial(self._plainly, 1), self._taping(self.stepper)
+            seconds, times = step_seconds(forward, 1 if once else EAGER_TIMES)
+            costs = JobCosts(forward=seconds, reverse=least_seconds(reverse, times))
         else:
-            costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
+            costs = self._time_captured(self.stepper, 1 if once else TIMES)
         self.load_initial()
-        return replace(costs, busy=busy, restore=self.load_initial, sample=self._sample)
+        return replace(costs, restore=self.load_initial, sample=self._sample)
+
+    def _plainly(self, count: int) -> float:
+        """Seconds of step 0, run so many times, each from the last result."""
+        self.load_initial()
+        carry, x, began = self.carry, self.inputs.leaves(0), self.place.now()
+        for _ in range(count):
+            carry, _ = self.stepper.advance(0, carry, x)
+        return self.place.now() - began
 
     def _check_repeatable(self, step: EagerStep) -> None:
         """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
@@ -442,7 +449,7 @@ class ScanJob:
         if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
             first = results()
         for a, b in zip(first, results(), strict=True):
-            if not _same_bits(a, b) and not _agree(a, b):
+            if not same_bits(a, b) and not agree(a, b):
                 raise StepError(
                     "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
                     "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
@@ -455,7 +462,7 @@ class ScanJob:
         steps = self.stepper
         known = 1 if self.steps is None else self.steps  # of an unknown length, one step at least
         if not isinstance(steps, CapturedSteps):
-            for index in range(min(known, MOST_SAMPLED)):
+            for index in range(min(known, MOST_SAMPLED_EAGERLY)):
                 self.carry, _ = steps.advance(index, self.carry, self.inputs.leaves(index))
             host, slot = HostPlace(), Slot(np.zeros(self._form.fields.nbytes, np.uint8))
             host.lay_out(self._form)
@@ -488,41 +495,49 @@ class ScanJob:
         if isinstance(self.stepper, CapturedSteps):
             self._rounded = self.stepper.only_graph
 
-    def _time_recording(self, steps: CapturedSteps, forward: float) -> JobCosts:
-        """Record step 0 again and again, each time from its last result, and pull back; nothing is kept of it.
+    def _time_captured(self, steps: CapturedSteps, times: int) -> JobCosts:
+        """Run, record and pull back step 0 again and again, each time from its last result; nothing is kept of it.
 
-        If all were put in one place, it would stay in the caches, as it does not in a sweep.
+        If all residuals were put in one place, it would stay in the caches, as it does not in a sweep.
         """
-        count = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
-        block, clock = steps.spare_block(count), self.place.now
+        clock, count = self.place.now, 1
         windows = TrialWindows(steps, self.inputs, self._fresh, self.place)
-        record, pull_back = [], []
+        pulled: list[float] = []
 
-        def once() -> float:
+        def record() -> float:
             began = clock()
             windows.record_into(block, count)
             turned = clock()
             windows.pull_back_from(block, count)
-            ended = clock()
-            record.append((turned - began) / count)
-            pull_back.append((ended - turned) / count)
-            return ended - began
+            pulled.append((clock() - turned) / count)
+            return turned - began
 
-        _typical(once)
+        forward, times = step_seconds(partial(self._plainly, 1), times)
+        if times > 1:
+            most = max(1, min(MOST_TIMED, TIMED_NBYTES // max(1, steps.stride_nbytes)))
+            count = count_together(forward, most)
+            forward = least_seconds(partial(self._plainly, count), times) / count
+        block = steps.spare_block(count)
+        recorded = least_seconds(record, times) / count
         windows.end()
-        taped, pulled = median(record), median(pull_back)
-        found = JobCosts(forward=forward, reverse=taped + pulled, record=taped, pull_back=pulled)
+
+        def busy() -> None:
+            self._plainly(1)
+
+        taped, back = recorded, min(pulled)
+        found = JobCosts(forward=forward, reverse=taped + back, record=taped, pull_back=back)
+        found = replace(found, busy=busy if forward <= MOST_BUSY_SECONDS else None)
         return replace(found, windows=windows) if isinstance(self.place, HostPlace) else found
 
     def _fresh(self) -> Leaves:
         self.load_initial()
         return self.carry
 
-    def _time_taping(self, step: EagerStep) -> float:
-        """Tape step 0 and take its adjoint a few times; also finds what a taped step holds."""
+    def _taping(self, step: EagerStep) -> Callable[[], float]:
+        """Tapes step 0 and takes its adjoint; also finds what a taped step holds."""
         clock, x = self.place.now, self.inputs.leaves(0)
 
-        def once() -> float:
+        def timed() -> float:
             self.load_initial()
             step.begin_reverse(step.closed_over())
             began = clock()
@@ -531,14 +546,13 @@ class ScanJob:
             step.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
             return clock() - began
 
-        return _typical(once)
+        return timed
 
     def _tape_first(self, step: EagerStep, x: Leaves) -> Tape:
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(held_by(tensor))
             return tensor
 
         try:
@@ -553,12 +567,10 @@ class ScanJob:
         # A tape holds what its step was given and returned even where nothing of it is saved; the carry that it was
         # given is the one that the tape before it returned.
         for tensor in [*tape.x_in, *tape.carry_out, *tape.y_out]:
-            if tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                saved[storage.data_ptr()] = storage.nbytes()
+            saved.update(held_by(tensor))
         for tensor in [*step.closed_over(), *self.inputs.stacked, *tape.carry_in]:
-            if tensor.layout is torch.strided:
-                saved.pop(tensor.untyped_storage().data_ptr(), None)
+            for start in held_by(tensor):
+                saved.pop(start, None)
         self.tape_nbytes = sum(saved.values())
         return tape
 
@@ -633,61 +645,3 @@ def _as_bytes(leaf: torch.Tensor) -> Bytes:
 def _name_step(error: Exception, index: int) -> None:
     if not isinstance(error, CaptureFailed | RoomExceeded):
         error.add_note(f"longtape: in step {index} of the scan")
-
-
-def _typical(timed: Callable[[], float]) -> float:
-    """The median of a few timings: at least three, and more where they are short."""
-    seconds = [timed() for _ in range(3)]
-    while sum(seconds) < 0.02 and len(seconds) < 50:
-        seconds.append(timed())
-    return median(seconds)
-
-
-def disagreement(captured: ScanJob, eager: ScanJob) -> tuple[str | None, str | None]:
-    """Why captured graphs cannot stand for the step, and what differs by rounding only: both run step 0, both ways.
-
-    Bits may differ where the step computes in place on part of a tensor: operators round
-    otherwise on rows than on contiguous memory, and a graph has no memory to compute in.
-    """
-    ours, theirs = _first_step(captured), _first_step(eager)
-    if ours.keys() != theirs.keys():
-        return "on step 0, they close over other tensors than the step run as it is", None
-    differ = [name for name in ours if not _same_bits(ours[name], theirs[name])]
-    wrong = [name for name in differ if not _agree(ours[name], theirs[name])]
-    if wrong:
-        return f"on step 0, {wrong[0][0]} differs from that of the step run as it is", None
-    return None, f"on step 0, {differ[0][0]} differs from that of the step run as it is" if differ else None
-
-
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return all(part is None or not part.any() for part in (a, b))
-    return bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def _agree(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return False  # the one that is there is not zero
-    if not differentiable(a):
-        return False
-    tolerance = 3.0 * torch.finfo(a.dtype).eps ** 0.5
-    size = float(torch.nan_to_num(b.detach()).abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * size, equal_nan=True)
-
-
-def _first_step(job: ScanJob) -> dict[tuple[str, int], torch.Tensor | None]:
-    """Results of step 0, its cotangents for cotangents of one, and the gradients of closed-over tensors."""
-    job.load_initial()
-    if isinstance(job.stepper, EagerStep):
-        job.stepper.advance(0, job.carry, job.inputs.leaves(0))  # which finds what it closes over
-        job.load_initial()
-    carry, y, carry_bar, x_bar = job.stepper.try_step(job.carry, job.inputs.leaves(0))
-    job.load_initial()
-    parts: dict[str, Sequence[torch.Tensor | None]] = {"a leaf of the carry": carry, "a leaf of y": y}
-    parts |= {"the gradient of a carry leaf": carry_bar, "the gradient of an x leaf": x_bar}
-    named: dict[tuple[str, int], torch.Tensor | None]
-    named = {(name, k): leaf for name, leaves in parts.items() for k, leaf in enumerate(leaves)}
-    for tensor, bar in zip(job.stepper.closed_over(), job.stepper.gradients(), strict=True):
-        named["the gradient of a closed-over tensor", id(tensor)] = bar
-    job.stepper.forget()
-    return named

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import replace
-from math import inf
 from statistics import median
 
 import torch
@@ -31,6 +30,7 @@ from longtape.accelerator import OnLink
 from longtape.actions import Key, Kind
 from longtape.engine.meter import EventMeter, Notes, Timeline
 from longtape.errors import BudgetError, DeviceError
+from longtape.measure import line_through
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.plan.costs import Device as Limits
@@ -60,7 +60,7 @@ LEAST_BUFFERS = 2
 STAGING = Limits(0).staging
 """Buffers at most."""
 
-_MOST_PROBED = 64 << 20
+_LEAST_PROBED, _MOST_PROBED = 8 << 20, 64 << 20
 _REPEATS = 3
 
 
@@ -105,21 +105,19 @@ class Linked:
         self.limits = Limits(self._memory_nbytes, tape_nbytes)
 
     def with_link(self, costs: Costs, nbytes: int) -> Costs:
-        """Time copies of an item of this size, both ways, a few times; the medians count."""
-        nbytes = max(1, min(nbytes, _MOST_PROBED, max(1, self._memory_nbytes)))
+        """Time copies of an item of this size and of a small one, both ways, a few times; the medians count."""
+        nbytes = max(4, min(max(nbytes, _LEAST_PROBED), _MOST_PROBED, self._memory_nbytes))
         pool = PinnedPool(1, nbytes, pin=self._device.pin, unpin=self._device.unpin)
         try:
             here, there = torch.from_numpy(pool.take().data), tensor_of(self._device.reserve(nbytes))
-            small = min(nbytes, 4096)
-            latency = self._typical(self._device.out, here[:small], there[:small])
-            out = self._typical(self._device.out, here, there)
-            into = self._typical(self._device.into, there, here)
+            sizes = (min(4096, nbytes // 4), nbytes)
+            out = [self._typical(self._device.out, here[:size], there[:size]) for size in sizes]
+            into = [self._typical(self._device.into, there[:size], here[:size]) for size in sizes]
         finally:
             pool.close()
-        speeds = [
-            nbytes / max(seconds - latency, 0.1 * seconds, 1e-9) if nbytes > small else inf for seconds in (out, into)
-        ]
-        return replace(costs, out_bytes_per_second=speeds[0], in_bytes_per_second=speeds[1], link_latency=latency)
+        latency, leaving = line_through(sizes, out)
+        _, coming = line_through(sizes, into)
+        return replace(costs, out_bytes_per_second=leaving, in_bytes_per_second=coming, link_latency=latency)
 
     def _typical(self, stream: Stream, target: torch.Tensor, source: torch.Tensor) -> float:
         seconds = []
@@ -128,7 +126,7 @@ class Linked:
             stream.copy(target, source)
             ended = stream.record()
             ended.wait()
-            seconds.append(self._device.seconds(began, ended))
+            seconds.append(max(1e-9, self._device.seconds(began, ended)))
         return median(seconds[1:])
 
     def pool(self, count: int, nbytes: int, alignment: int, *, is_state: bool) -> PinnedPool | DevicePool:

@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
-from longtape.compose import Hooks, Run, Settings, refuse_lossy_verification
+from longtape.compose import Hooks, Settings, refuse_lossy_verification
 from longtape.errors import StepError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Observer, Tier
+from longtape.report import Report
+from longtape.sizes import whole_number
+from longtape.torch.autocast import Ambient
 from longtape.torch.inputs import NoInputs
 from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
+from longtape.torch.transforms import refuse_transforms, uncompiled
 
 
+@uncompiled
 def while_loop(
     cond: Callable[[Any], Any],
     step: Callable[[Any], Any],
@@ -33,12 +38,13 @@ def while_loop(
     observers: Sequence[Observer] = (),
     tier: Tier | None = None,
     on_plan: Callable[[Choice], None] | None = None,
-    on_report: Callable[[Run], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     capture: bool | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
     compress: str | None = None,
     compile: bool = False,
+    independent: bool = False,
 ) -> Any:
     """Run ``carry = step(carry)`` while ``cond(carry)``, so that gradients fit in `memory`.
 
@@ -61,12 +67,13 @@ def while_loop(
         observers: Objects with `on_action` and `on_transfer`.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         on_plan: Called with the chosen plan before the forward sweep.
-        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        on_report: Called with the report of each reverse sweep; its `trace` tells what happened when.
         capture: As in `scan`; None captures the step unless `max_steps` is less than 256.
         verify: As in `scan`: compare states that are computed again, or fetched, with what they were.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
         compress: As in `scan`: codec for what goes to storage, used where it is predicted to pay.
         compile: As in `scan`: hand the captured graphs to PyTorch's compiler.
+        independent: As in `scan`: the ranks are independent, no step communicates.
 
     Returns:
         The final carry; `init` as it is where `cond` does not hold for it.
@@ -79,15 +86,19 @@ def while_loop(
         ReplayError: A step gave something else when it was run again, and `verify` is set.
         Exception: Whatever `step` or `cond` raises, with a note naming the step.
     """
+    refuse_transforms("while_loop")
     leaves, carry = flatten(init)
     for position, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor):
             raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
-        raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+    if max_steps is not None:
+        most = whole_number(max_steps)
+        if most is None or most < 0:
+            raise UsageError(f"max_steps must be an integer of zero or more, or None, not {max_steps!r}")
+        max_steps = most
     if verify:
         refuse_lossy_verification(compress)
-    ends = _Ends(cond, carry, max_steps)
+    ends = _Ends(cond, carry, max_steps, Ambient(leaf.device.type for leaf in leaves))
     if ends(0, [leaf.detach() for leaf in leaves]):
         return init
     settings = Settings(
@@ -98,6 +109,7 @@ def while_loop(
         tier=tier,
         compress=compress,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     where = Where.of(leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report), where)
@@ -118,13 +130,14 @@ def _without_y(step: Callable[[Any], Any]) -> Callable[[Any, Any], tuple[Any, No
 class _Ends:
     """Whether the loop ends before a step."""
 
-    def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None) -> None:
+    def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None, ambient: Ambient) -> None:
         self._cond, self._carry, self._max_steps = cond, carry, max_steps
+        self._ambient = ambient
 
     def __call__(self, step: int, carry: Leaves) -> bool:
         if self._max_steps is not None and step >= self._max_steps:
             return True
-        with torch.no_grad():
+        with torch.no_grad(), self._ambient():
             before = torch.get_rng_state() if step == 0 else None
             holds = self._cond(self._carry.build(carry))
         if before is not None and not torch.equal(before, torch.get_rng_state()):

@@ -34,14 +34,38 @@ def reason(error: BaseException) -> str:
         cause = inner
     if isinstance(cause, CaptureFailed):
         return str(cause)
-    text = str(cause)
-    said = next((words for sign, words in _PLAIN_WORDS.items() if sign in text or sign in type(cause).__name__), None)
+    text, said = str(cause), _in_plain_words(cause)
     if said is None:
         explanation = re.search(r"Explanation: (.+)", text)
         first = next((line.strip() for line in text.splitlines() if line.strip()), "")
         said = f"{type(cause).__name__}: {explanation[1] if explanation else first}"
     frames = [f for f in re.findall(r'File "(.+?)", line (\d+)', str(error)) if not f[0].startswith(_HERE)]
     return said + (f" ({frames[-1][0]}:{frames[-1][1]})" if frames else "")
+
+
+def _in_plain_words(cause: BaseException) -> str | None:
+    return next((words for sign, words in _PLAIN_WORDS.items() if sign in f"{type(cause).__name__} {cause}"), None)
+
+
+_OF_THE_MOMENT = {"MemoryError", "OutOfMemoryError", "InvalidCxxCompiler", "TorchRuntimeError", "RecursionError"}
+"""Failures that say nothing of the step: too little memory, no compiler, data that an operator refuses."""
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Whether the next call of the step would fail for the same reason, so that it need not be tried."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    cause: BaseException | None = error
+    known = False
+    while cause is not None:
+        if _in_plain_words(cause) is not None:
+            return True
+        names = {kind.__name__ for kind in type(cause).__mro__}
+        if not names.isdisjoint(_OF_THE_MOMENT) or isinstance(cause, OSError) or "Observed exception" in str(cause):
+            return False
+        known = known or isinstance(cause, TorchDynamoException | CaptureFailed)
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    return known
 
 
 class _Silence(logging.Filter):

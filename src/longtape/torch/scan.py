@@ -7,7 +7,6 @@ Owns the contract with the user and with autograd.  The sweeps are a run
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from longtape.compose import (
+    ALIGNMENT,
     Hooks,
     Run,
     Settings,
@@ -29,21 +29,25 @@ from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
+from longtape.processes import require_independent
 from longtape.protocols import Device, Observer, Tier
+from longtape.report import Report
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
+from longtape.torch.autocast import Ambient
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import DurableScan, bytes_of
-from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
+from longtape.torch.eager import Cotangents, EagerStep, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
-from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob
 from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
+from longtape.torch.transforms import hidden_from_hooks, refuse_batched, refuse_transforms, uncompiled
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -56,6 +60,7 @@ MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
 
 
+@uncompiled
 def scan(
     step: Step,
     init: Any,
@@ -69,7 +74,7 @@ def scan(
     observers: Sequence[Observer] = (),
     tier: Tier | None = None,
     on_plan: Callable[[Choice], None] | None = None,
-    on_report: Callable[[Run], None] | None = None,
+    on_report: Callable[[Report], None] | None = None,
     capture: bool | None = None,
     verify: bool = False,
     stuck_seconds: float = 30.0,
@@ -78,6 +83,7 @@ def scan(
     resume: str | os.PathLike[str] | None = None,
     resume_seconds: float = DEFAULT_SECONDS,
     name: str = "scan",
+    independent: bool = False,
 ) -> tuple[Any, Any]:
     """Run ``carry, y = step(carry, x)`` over all steps, so that gradients fit in `memory`.
 
@@ -90,7 +96,9 @@ def scan(
             same arguments, so it must depend on nothing else that changes; random numbers
             of PyTorch's default generators and autocast are replayed.  It may update its
             carry in place, but neither its x nor what it closes over (such as running
-            statistics), and must keep nothing that it computes but in the carry.
+            statistics), and must keep nothing that it computes but in the carry.  Before the
+            sweep step 0 is run a few times to time it, six at most; once each way where that takes
+            more than a second, or no plan depends on it.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
@@ -108,7 +116,7 @@ def scan(
         observers: Objects with `on_action` and `on_transfer`.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         on_plan: Called with the chosen plan before the forward sweep.
-        on_report: Called with the run after each reverse sweep; it has `report` and `trace`.
+        on_report: Called with the report of each reverse sweep; its `trace` tells what happened when.
         capture: Turn the step into explicit forward and backward graphs, so that residuals can be
             stored and nothing is run twice where storage keeps up.  Takes seconds once a step;
             None does so from 256 steps on.  A step that cannot be captured is run as it is, and
@@ -131,6 +139,8 @@ def scan(
             nothing is made durable.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
+        independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
+            `torch.distributed` or JAX is refused.
 
     Returns:
         The final carry, and the ys stacked along a new first dimension.
@@ -148,6 +158,7 @@ def scan(
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
+    refuse_transforms("scan")
     inputs, steps = as_inputs(xs, length)
     init_leaves, carry = flatten(init)
     for position, leaf in enumerate(init_leaves):
@@ -165,6 +176,7 @@ def scan(
         tier=tier,
         compress=compress,
         stuck_seconds=stuck_seconds,
+        independent=independent,
     )
     where = Where.of(init_leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report), where)
@@ -291,14 +303,16 @@ class Call:
             job = self._new_job()
             if self._finds_none(job):
                 return self._results(job, job.carry, job.outputs.leaves or [])
+        require_independent(self._settings.independent)
         self.inputs.check_repeatable()
-        self.pending = self._forward()
-        job = self.pending.job
-        self.closed = job.stepper.closed_over()
-        given = [*self.init, *self.inputs.stacked, *self.closed]
-        results = [*job.carry, *(job.outputs.leaves or [])]
-        job.outputs.leaves = None  # they are the caller's, to keep or to drop
-        outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
+        with hidden_from_hooks():
+            self.pending = self._forward()
+            job = self.pending.job
+            self.closed = job.stepper.closed_over()
+            given = [*self.init, *self.inputs.stacked, *self.closed]
+            results = [*job.carry, *(job.outputs.leaves or [])]
+            job.outputs.leaves = None  # they are the caller's, to keep or to drop
+            outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
@@ -308,13 +322,24 @@ class Call:
         wants = [leaf.requires_grad for leaf in self.inputs.stacked] or [False] * len(first)
         place = self._where.place()
         stepper: EagerStep | CapturedSteps
+
+        def as_it_is() -> EagerStep:
+            return EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
+
         if capture:
-            room = place.room
             stepper = CapturedSteps(
-                self._step, self.inputs, self._carry, self.init, wants, compiled=self.compiles, room=room
+                self._step,
+                self.inputs,
+                self._carry,
+                self.init,
+                wants,
+                as_it_is=as_it_is,
+                exactly=self.exactly,
+                compiled=self.compiles,
+                room=place.room,
             )
         else:
-            stepper = EagerStep(self._step, self.inputs, self._carry, self._ambient, wants)
+            stepper = as_it_is()
         given = (stepper, self.init, self.inputs, self.steps, self._randomness)
         if self.names is None:
             job = ScanJob(*given, ends=self.ends, place=place)
@@ -406,8 +431,9 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
-            costs = job.measure()
-            self._check_capture(job)
+            costs = job.measure(once=not self._times_matter(job))
+            if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
+                self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
             self._randomness.note()
             job.load_initial()
             layout = job.layout()
@@ -446,6 +472,13 @@ class Call:
                 run.forward()
         return pending
 
+    def _times_matter(self, job: ScanJob) -> bool:
+        """Whether the plan depends on times: not without storage, nor where memory holds every state."""
+        state = aligned(job.layout().nbytes, ALIGNMENT)
+        fits = self.steps is not None and self.steps * state <= self._where.memory_nbytes
+        has_storage = self._where.has_storage and not (fits and isinstance(job.stepper, EagerStep))
+        return has_storage or self.durable is not None or isinstance(job.place, Linked)
+
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
         assert self.durable is not None
@@ -467,18 +500,16 @@ class Call:
         start = self._randomness.at_start.numpy().tobytes()
         return Resumable(home, DurableScan(job), fingerprint, front, start, self.durable.seconds)
 
-    def _check_capture(self, job: ScanJob) -> None:
-        """Hold the captured graphs against the step itself, on step 0."""
-        if isinstance(job.stepper, CapturedSteps) and not job.stepper.checked:
-            self._randomness.note()
-            job.stepper.settle(*disagreement(job, self._new_job()))
-        if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
-            if self.exactly:
-                raise CaptureFailed(f"{job.stepper.rounding} in the last bits; capture=True accepts that")
-            self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
-
+    @uncompiled
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
+        refuse_batched([*carry_bar, *ys_bar])
+        with torch.inference_mode(False), torch.no_grad(), self._ambient.off(), hidden_from_hooks():
+            return self._reverse_or_again([*map(_kept, carry_bar)], [*map(_kept, ys_bar)], wants)
+
+    def _reverse_or_again(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> list[torch.Tensor | None]:
         after = self._randomness.state()
         try:
             return self._reverse(carry_bar, ys_bar, wants)
@@ -507,16 +538,21 @@ class Call:
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
         if self._hooks.on_report is not None:
-            self._hooks.on_report(pending.run)
+            self._hooks.on_report(pending.run.report)
         return [*init_bar, *xs_bar, *closed_bar]
 
 
-class _Pending:
-    """A run between its sweeps; releases it when the graph that waits for it is dropped."""
+def _kept(bar: torch.Tensor | None) -> torch.Tensor | None:
+    """A cotangent that sweeps may add to, as they may not to one of a backward pass in inference mode."""
+    return bar.clone() if bar is not None and bar.is_inference() else bar
 
-    def __init__(self, run: Run, job: ScanJob) -> None:
-        self.run, self.job = run, job
-        weakref.finalize(self, run.close)
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A run between its sweeps; it releases what it has when the graph that waits for it is dropped."""
+
+    run: Run
+    job: ScanJob
 
 
 class _Scan(torch.autograd.Function):
@@ -528,7 +564,8 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, *outside)  # so that autograd notices if one of them is modified meanwhile
+        # So that autograd notices if one of them is modified meanwhile; it does not count changes of inference tensors.
+        ctx.save_for_backward(*[tensor for tensor in [*given, *outside] if not tensor.is_inference()])
         outputs = tuple(leaf.detach() for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs
@@ -536,15 +573,14 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
-        given = ctx.saved_tensors[: len(wants)]
+        sources = ctx.saved_tensors
         call: Call = ctx.call
         count = len(call.init)
-        with torch.no_grad():
-            found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
+        found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
         gradients = [bar if wanted else None for bar, wanted in zip(found, wants, strict=True)]
         if torch.is_grad_enabled():  # create_graph=True
             there = [bar for bar in gradients if bar is not None]
-            once = iter(_OnceOnly.apply(there, *given, *[bar for bar in bars if bar is not None]) if there else ())
+            once = iter(_OnceOnly.apply(there, *sources, *[bar for bar in bars if bar is not None]) if there else ())
             gradients = [None if bar is None else next(once) for bar in gradients]
         return None, None, None, *gradients
 

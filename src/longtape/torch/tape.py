@@ -65,11 +65,12 @@ class _Entry:
 
 
 class Tape:
-    """One run of a step under a `CapturedStep`."""
+    """One run of a step under a `CapturedStep`, or with `new_run` off a trial within one."""
 
-    def __init__(self, captured: CapturedStep, step: Callable[..., object]) -> None:
+    def __init__(self, captured: CapturedStep, step: Callable[..., object], *, new_run: bool = True) -> None:
         self.captured = captured
-        captured.begin()
+        if new_run:
+            captured.begin()
         self._step = step
         self._entries: list[_Entry] = []
         self._entries_of: dict[tuple[StepGraph, StepGraph | None], list[int]] = {}
