@@ -51,8 +51,8 @@ class Sweep:
         disk: Directory for a private scratch file, or None to recompute in memory only.
         disk_limit: Most bytes of it.
         forward_args: What ``forward.apply`` would be given, such as ``{"dt": dt, "src": src}``.
-        reverse_args: What ``reverse.apply`` would be given.  Values of their arrays may
-            change until `reverse` is called, the arrays may not.
+        reverse_args: What ``reverse.apply`` would be given.  What only `reverse` reads may
+            change until it is called; what `forward` reads may not.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
