@@ -244,14 +244,14 @@ class Kernel:
 @pytest.mark.parametrize("stride", [1, 3])
 def test_strides_of_devito(clock: Clock, true: float, stride: int) -> None:
     pytest.importorskip("devito")
-    from longtape.devito import _OperatorsJob
+    from longtape.devito.job import OperatorsJob
 
     buffer = np.zeros((stride + 2, 8))
     field = SimpleNamespace(name="u", buffer=buffer, reads={0}, at=lambda moment, other=None: [buffer[0]])
     window = SimpleNamespace(ready=lambda last: last)
     for spike in SPIKES:
         forward, reverse = Kernel(clock, Varying(true, spike)), Kernel(clock, Varying(2 * true, spike))
-        found = _OperatorsJob(forward, reverse, [field], window, stride).measure()
+        found = OperatorsJob(forward, reverse, [field], window, stride).measure()
         assert found.forward == near(stride * true)
         assert found.record == near(stride * true)
         assert found.pull_back == near(stride * 2 * true)

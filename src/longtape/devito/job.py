@@ -14,8 +14,9 @@ time, in order.  Times before `written_before` write it to copies, whoever runs 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,8 @@ from longtape.known import KnownState
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Bytes, Floats, Slot
+from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES, least_seconds, step_seconds
 from longtape.witness import Witness
-
-COSTLY_SECONDS = 1.0
-"""A stride that takes longer is not run to time it; two of its times are."""
 
 SAMPLED = 16
 """Strides run to see how small a state becomes."""
@@ -290,8 +289,8 @@ class OperatorsJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self) -> JobCosts:
-        """Time a stride forward and in reverse, on copies: nothing is seen of it."""
+    def measure(self, times: int = TIMES) -> JobCosts:
+        """Time a stride forward and in reverse, so many times, on copies: nothing is seen of it."""
         first, last, clock = self.first(0), self._last(0), time.perf_counter
         levels = [level for field in self._read for level in field.at(first)]
         spare = [np.empty_like(level) for level in levels]
@@ -300,22 +299,26 @@ class OperatorsJob:
             for target, level in zip(spare, levels, strict=True):
                 np.copyto(target, level)
 
-        back = _seconds(self._reverse, self._reverse.with_arrays(self._reverse.copies()), first, last)
+        def timed(run: Callable[[], None]) -> float:
+            began = clock()
+            run()
+            return clock() - began
+
         copies = self._forward.copies()
         forward = self._forward.with_arrays(copies)
-        ahead = _seconds(self._forward, forward, first, last)
-        copy()
-        began = clock()
-        copy()
-        copied = clock() - began
+        step = partial(self._forward.run, first, last, forward)
+        ahead, times = step_seconds(partial(timed, step), times)
+        reverse = self._reverse.with_arrays(self._reverse.copies())
+        back = least_seconds(partial(timed, partial(self._reverse.run, first, last, reverse)), times)
+        copied = least_seconds(partial(timed, copy), TIMES)
         again = max(0, self._window.ready(last) - first + 1) / (last - first + 1)
         return JobCosts(
             forward=ahead,
             reverse=back + again * ahead,
             record=ahead + copied,
             pull_back=back,
-            busy=None if ahead > COSTLY_SECONDS else lambda: self._forward.run(first, last, forward),
-            sample=lambda: self._sample(copies, forward, 1 if ahead * SAMPLED > COSTLY_SECONDS else SAMPLED),
+            busy=step if ahead <= MOST_BUSY_SECONDS else None,
+            sample=lambda: self._sample(copies, forward, 1 if ahead * SAMPLED > ONCE_SECONDS else SAMPLED),
         )
 
     def _sample(self, copies: Mapping[str, Array], values: list[Any], strides: int) -> tuple[Kind, Bytes]:
@@ -342,16 +345,3 @@ class OperatorsJob:
             for offset, array in zip(layout.offsets, arrays, strict=False)  # the number of the step is none
             if array.dtype.char in "fd"
         ]
-
-
-def _seconds(kernel: Kernel, values: list[Any], first: int, last: int) -> float:
-    """That a stride takes; three are run if they are quick, else only two of its times."""
-
-    def run(to: int) -> float:
-        began = time.perf_counter()
-        kernel.run(first, to, values)
-        return time.perf_counter() - began
-
-    run(first)  # what is used for the first time is slow
-    expected = (last - first + 1) * run(first)
-    return expected if expected > COSTLY_SECONDS else min(run(last) for _ in range(3))
