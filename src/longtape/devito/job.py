@@ -14,9 +14,8 @@ time, in order.  Times before `written_before` write it to copies, whoever runs 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from longtape.known import KnownState
 from longtape.layout import Fields
 from longtape.measure import JobCosts
 from longtape.protocols import Bytes, Floats, Slot
-from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES, least_seconds, step_seconds
+from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES
 from longtape.witness import Witness
 
 SAMPLED = 16
@@ -174,10 +173,6 @@ class OperatorsJob:
                     np.copyto(new, old)
         self._place = place
 
-    def leave(self) -> None:
-        """The sweeps are over: be in no slot."""
-        self._place, self._loaded = self._home, None
-
     def turn(self) -> None:
         self.settle()
         self._turned, self._copied = True, None
@@ -289,8 +284,8 @@ class OperatorsJob:
 
     # Measuring -------------------------------------------------------------------------------
 
-    def measure(self, times: int = TIMES) -> JobCosts:
-        """Time a stride forward and in reverse, so many times, on copies: nothing is seen of it."""
+    def measure(self) -> JobCosts:
+        """Time a stride forward and in reverse, on copies: nothing is seen of it."""
         first, last, clock = self.first(0), self._last(0), time.perf_counter
         levels = [level for field in self._read for level in field.at(first)]
         spare = [np.empty_like(level) for level in levels]
@@ -299,25 +294,21 @@ class OperatorsJob:
             for target, level in zip(spare, levels, strict=True):
                 np.copyto(target, level)
 
-        def timed(run: Callable[[], None]) -> float:
-            began = clock()
-            run()
-            return clock() - began
-
+        back = _seconds(self._reverse, self._reverse.with_arrays(self._reverse.copies()), first, last)
         copies = self._forward.copies()
         forward = self._forward.with_arrays(copies)
-        step = partial(self._forward.run, first, last, forward)
-        ahead, times = step_seconds(partial(timed, step), times)
-        reverse = self._reverse.with_arrays(self._reverse.copies())
-        back = least_seconds(partial(timed, partial(self._reverse.run, first, last, reverse)), times)
-        copied = least_seconds(partial(timed, copy), TIMES)
+        ahead = _seconds(self._forward, forward, first, last)
+        copy()
+        began = clock()
+        copy()
+        copied = clock() - began
         again = max(0, self._window.ready(last) - first + 1) / (last - first + 1)
         return JobCosts(
             forward=ahead,
             reverse=back + again * ahead,
             record=ahead + copied,
             pull_back=back,
-            busy=step if ahead <= MOST_BUSY_SECONDS else None,
+            busy=None if ahead > MOST_BUSY_SECONDS else lambda: self._forward.run(first, last, forward),
             sample=lambda: self._sample(copies, forward, 1 if ahead * SAMPLED > ONCE_SECONDS else SAMPLED),
         )
 
@@ -345,3 +336,16 @@ class OperatorsJob:
             for offset, array in zip(layout.offsets, arrays, strict=False)  # the number of the step is none
             if array.dtype.char in "fd"
         ]
+
+
+def _seconds(kernel: Kernel, values: list[Any], first: int, last: int) -> float:
+    """That a stride takes; three are run if they are quick, else only two of its times."""
+
+    def run(to: int) -> float:
+        began = time.perf_counter()
+        kernel.run(first, to, values)
+        return time.perf_counter() - began
+
+    run(first)  # what is used for the first time is slow
+    expected = (last - first + 1) * run(first)
+    return expected if expected > ONCE_SECONDS else min(run(last) for _ in range(TIMES))

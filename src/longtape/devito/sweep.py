@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +29,6 @@ from longtape.processes import require_independent
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
 from longtape.tiers.codecs import parse_codec
-from longtape.timing import TIMES
 
 
 class Sweep:
@@ -169,10 +167,7 @@ class Sweep:
                 independent=independent,
             )
             is_timed = costs is None and begun is None
-            # Without storage the plan is the same for all times.
-            times = 1 if disk is None and tier is None and resume is None else TIMES
-            measure = partial(self._job.measure, times) if is_timed else None
-            self._run = Run(self._job, traits, settings, measure=measure)
+            self._run = Run(self._job, traits, settings, measure=self._job.measure if is_timed else None)
         except BaseException:
             if home is not None:
                 home.close()
