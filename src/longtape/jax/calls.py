@@ -323,7 +323,7 @@ def _refuse_tracers(leaves: list[Any], when: str) -> None:
         raise UsageError(
             "a longtape.jax loop is inside jax.jit (or another that traces, such as jax.checkpoint or lax.cond) "
             f"while {when}; what it stores is moved from Python, between compiled chunks of steps. Take the gradient "
-            "outside of it, and compile what comes before and after the loop by itself; the steps are compiled anyway"
+            "outside of jax.jit, and compile what comes before and after the loop by itself; steps are compiled anyway"
         )
     raise UsageError(
         f"a longtape.jax loop is differentiated a second time: first derivatives in reverse mode are all it has "
