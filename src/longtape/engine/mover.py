@@ -286,11 +286,9 @@ class Mover:
         """
         for transfer in self._under_way.values():
             transfer.claim()  # those not started never will be
-        ended = True
-        if self.workers is not None:
-            ended = self.workers.close(0.0 if self._abandoned else self.stuck_seconds)
+        ended = self.workers is None or self.workers.close(0.0 if self._abandoned else self.stuck_seconds)
         self._under_way.clear()
         self.held.clear()
-        if self.tier is not None and (self.workers is None or not ended):
-            self.tier.close()  # for which the last worker does not come soon
+        if self.tier is not None:
+            self.tier.close()  # as the last worker has done, or is doing, unless one is stuck
         return ended
