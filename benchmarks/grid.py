@@ -86,7 +86,7 @@ def examine(steps: int, slots: int, ratio: float, adjoint: float) -> Cell:
     costs = Costs(1.0, adjoint, write_bytes_per_second=STATE / ratio, read_bytes_per_second=STATE / ratio)
     choice = choose(problem, costs)
     speeds = Speeds(1.0, adjoint, lambda key: ratio, lambda key: ratio)
-    outcome = simulate(steps, choice.slots, speeds, layout=layout_of(choice, problem), rules=RULES)
+    outcome = simulate(steps, choice.slots, speeds, layout=layout_of(choice), rules=RULES)
     back = steps * adjoint
     return Cell(
         steps,

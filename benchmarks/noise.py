@@ -159,8 +159,7 @@ def one(name: str, steps: int, seed: int, disk: str) -> dict[str, Any]:
         sweep.forward()
         sweep.reverse()
     report, plan = sweep.report, sweep.plan
-    problem = longtape.Problem(steps, STATE_NBYTES, slots * STATE_NBYTES, has_disk=True)
-    layout = replace(layout_of(plan, problem), pin_initial=plan.uses_disk and plan.slots >= LEAST_TO_PIN)
+    layout = replace(layout_of(plan), pin_initial=plan.uses_disk and plan.slots >= LEAST_TO_PIN)
     step = (sweep.trace.seconds("forward") + sweep.trace.seconds("replay")) / (steps + report.measured.steps_recomputed)
     adjoint = sweep.trace.seconds("reverse") / steps
 
@@ -258,8 +257,7 @@ def surprised(
     report, plan, trace = sweep.report, sweep.plan, sweep.trace
     run = trace.seconds("forward") + trace.seconds("reverse")
     slower = run / sum(real.forward(k) + real.reverse(k) for k in range(steps))
-    problem = longtape.Problem(steps, STATE_NBYTES, slots * STATE_NBYTES, has_disk=True, pins_initial=True)
-    ours = layout_of(plan, problem)
+    ours = layout_of(plan)
 
     def model(believed: bool = True, **options: Any) -> Outcome:
         what = truth(name, told, steps, step=step, stall=stall)

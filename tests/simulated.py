@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from longtape.plan.choice import completed
 from longtape.plan.choose import Choice, choose
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.predict import Prediction
@@ -34,7 +35,7 @@ def plan(
 
     def told(problem: Problem, costs: Costs) -> Choice:
         steps = problem.steps or 0
-        return Choice(
+        found = Choice(
             schedule=schedule,  # type: ignore[arg-type]
             window=window,
             spacing=spacing * window,
@@ -46,6 +47,7 @@ def plan(
             prediction=replace(NOTHING, writes=1) if stores else NOTHING,
             device_slots=device_slots,
         )
+        return completed(found, problem, costs)
 
     return told
 
@@ -57,7 +59,7 @@ def storing_everything(window: int) -> Callable[[Problem, Costs], Choice]:
         assert problem.steps is not None
         blocks = -(-problem.steps // window)
         choice = plan("store_all", window=window, slots=1, blocks=blocks, fraction=1.0)(problem, costs)
-        return replace(choice, spacing=float(problem.steps))
+        return completed(replace(choice, spacing=float(problem.steps)), problem, costs)
 
     return told
 

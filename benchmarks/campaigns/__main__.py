@@ -26,6 +26,7 @@ CAMPAIGNS = {
     "odd-values": ("odd", "odd_values", 2000),
     "limit": ("limit", "limit", 2),
     "device": ("device", "device", 1000),
+    "interrupts": ("interrupts", "interrupts", 1000),
 }
 """By name: module, function and the usual count."""
 

@@ -301,7 +301,7 @@ def _held(foresight: Foresight, outcome: Outcome) -> int:
     if choice.on_device:
         return 0
     tapes = 0 if choice.blocks or problem.device else (choice.window - 1) * problem.tape_nbytes
-    block = choice.window * (problem.residual_nbytes or 0)
+    block = problem.block_nbytes(choice.window)
     return outcome.peak_slots * problem.state_nbytes + outcome.peak_blocks * block + tapes
 
 

@@ -27,12 +27,11 @@ from longtape.engine.mover import Budget, Mover
 from longtape.engine.trace import Trace
 from longtape.engine.workers import Aside, Workers
 from longtape.errors import BudgetError, ResumeError, StateError, StorageError, UsageError
-from longtape.foresee import layout_of
 from longtape.measure import LEAST_WINDOWS, CodecSpeed, JobCosts, Windows, measure_codec, measure_tier, measure_windows
 from longtape.plan.asynchronous import AsynchronousPlan, Layout
+from longtape.plan.choice import STAGED, layout_of
 from longtape.plan.choose import LARGEST_BLOCK, Choice, choose, predict_again
 from longtape.plan.costs import Costs, Problem
-from longtape.plan.predict import horizon
 from longtape.plan.scheduled import ScheduledPlan, settle
 from longtape.plan.stock import Stock
 from longtape.plan.transcript import Transcript, transcribe
@@ -68,16 +67,6 @@ _PATIENCE_SECONDS = 1.0
 
 TRIAL_SHARE, MOST_TRIAL_SECONDS = 0.005, 0.2
 """Windows are tried beside storage for this share of the predicted time each way, and no longer than these seconds."""
-
-STAGED = 4
-"""Two items being written, one being stored, and one to spare."""
-
-FRESH = 4
-"""Memory counts as so many times slower to touch than was measured.
-
-What was measured is memory that somebody has just used.  The rest may have to come from further away: on a virtual
-machine whose host takes free memory back it took 25 times as long.
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +160,6 @@ class Run:
         self._state = "new"
         self._turned_at = 0.0
         self._forward_stall = 0.0
-        self._touch = inf
         self._process = os.getpid()
         self._early_faults: tuple[str, ...] = ()
         self._keeper: Keeper | None = None
@@ -182,7 +170,6 @@ class Run:
         self._codec_notes: tuple[str, ...] = ()
         self._accelerator = traits.accelerator
         self._limits = None if traits.accelerator is None else traits.accelerator.limits
-        self._memory_name = "memory" if self._limits is None else "host_memory"
         self._pools: dict[Kind, Any] = {}
         self.choice: Choice
         self.costs: Costs
@@ -261,19 +248,16 @@ class Run:
         if self._transcript is not None:
             self.choice = settle(self._transcript, self._problem(), costs)
             return
-        choice = choose(self._problem(), costs)
+        self.choice = choice = choose(self._problem(), costs)
         if choice.on_device:
             assert self._limits is not None
             self.memory_nbytes = self._limits.memory_nbytes
-            self._memory_name = "memory"
-        self.choice = self._fitted(choice, self.memory_nbytes - self._spared())
         if self._codec is not None and self._tier is not None and not choice.on_device:
             self._choose_packed(job, stated)
         if job.windows is not None and self._compressed is None:
             self._try_windows(job.windows)
             if job.restore is not None:
                 job.restore()
-        self.choice = self._expected(self.choice)  # by the costs that the run is laid out with
 
     def _choose_packed(self, job: JobCosts, stated: Costs | None) -> None:
         """Use the codec, if the plan gains by it."""
@@ -301,8 +285,8 @@ class Run:
         self._workers.move_to(self._tier)
 
     def _try_windows(self, windows: Windows) -> None:
-        """Run some windows of the chosen plan, beside storage if it is used, and predict by what their steps take."""
-        choice, costs, problem = self.choice, self.costs, self._problem()
+        """Run some windows of the chosen plan, beside storage if it is used, and choose by what their steps take."""
+        choice, costs = self.choice, self.costs
         if self._keeper is not None or not costs.record or not costs.pull_back or not choice.prediction.time_seconds:
             return
         records, expected = choice.schedule == "residuals", choice.prediction.time_seconds
@@ -328,17 +312,13 @@ class Run:
             )
         except OSError as error:
             self._go_without_storage(error)
-            self.choice = self._fitted(choose(self._problem(), costs), self.memory_nbytes)
+            self.choice = choose(self._problem(), costs)
             return
         if not record or not pull_back:
             return
         forward = costs.forward * record / costs.record
         self.costs = replace(costs, forward=forward, reverse=record + pull_back, record=record, pull_back=pull_back)
-        prediction, adjoint = choice.prediction, record + pull_back - costs.record - costs.pull_back
-        adjoint *= horizon(problem)
-        taken = expected + adjoint + prediction.advances * (forward - costs.forward)
-        ideal = prediction.ideal_seconds + adjoint
-        self.choice = replace(choice, prediction=replace(prediction, time_seconds=taken, ideal_seconds=ideal))
+        self.choice = choose(self._problem(), self.costs)
 
     def _gains(self, found: Choice) -> bool:
         before, after = self.choice.prediction.time_seconds, found.prediction.time_seconds
@@ -357,8 +337,10 @@ class Run:
         stored = choice.prediction
         return replace(
             choice,
+            disk_nbytes=self._room_on_disk(),
             prediction=replace(
                 stored,
+                peak_memory_bytes=stored.peak_memory_bytes + CODEC_ITEMS * self._largest_item(choice),
                 peak_disk_bytes=ceil(fraction * stored.peak_disk_bytes),
                 bytes_written=ceil(fraction * stored.bytes_written),
                 bytes_read=ceil(fraction * stored.bytes_read),
@@ -371,11 +353,9 @@ class Run:
         limit = None if problem.disk_nbytes is None else int(problem.disk_nbytes / fraction)
         try:
             choice = choose(replace(problem, memory_nbytes=memory, disk_nbytes=limit), costs)
-            if choice.on_device:
-                return None
-            return self._fitted(choice, memory)
         except BudgetError:
             return None
+        return None if choice.on_device else choice
 
     def _largest_item(self, choice: Choice) -> int:
         block = self._block_nbytes(choice) if choice.blocks else 0
@@ -467,9 +447,11 @@ class Run:
             has_disk=self._tier is not None,
             disk_nbytes=self._room_on_disk(),
             residual_nbytes=traits.residual_nbytes,
+            residual_head_nbytes=traits.residual_head_nbytes,
             tape_nbytes=traits.tape_nbytes,
             max_window=traits.max_window,
             pins_initial=not traits.initial_is_free,
+            initial_is_free=traits.initial_is_free,
             device=self._limits,
         )
 
@@ -514,7 +496,6 @@ class Run:
         finally:
             if job.restore is not None:
                 job.restore()
-        self._touch = speed.touch_bytes_per_second if self._accelerator is None else inf
         return Costs(
             job.forward,
             job.reverse,
@@ -522,6 +503,7 @@ class Run:
             job.pull_back,
             write_bytes_per_second=speed.write_bytes_per_second,
             read_bytes_per_second=speed.read_bytes_per_second,
+            touch_bytes_per_second=speed.touch_bytes_per_second if self._accelerator is None else inf,
             write_latency=speed.write_latency,
             read_latency=speed.read_latency,
             handling=speed.handling,
@@ -538,61 +520,6 @@ class Run:
 
     def _block_nbytes(self, choice: Choice) -> int:
         return self._traits.residual_head_nbytes + choice.window * (self._traits.residual_nbytes or 0)
-
-    def _fitted(self, choice: Choice, memory: int) -> Choice:
-        """The choice with as many slots, or else blocks, less as the heads of the blocks take."""
-        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        over = choice.slots * state + choice.blocks * block - memory
-        if over <= 0 or not choice.blocks:
-            return choice
-        slots = max(1, choice.slots - -(-over // state))
-        room = memory - slots * state
-        if room >= block:
-            return replace(choice, slots=slots, blocks=min(choice.blocks, room // block))
-        window = (room - self._traits.residual_head_nbytes) // max(1, self._traits.residual_nbytes or 0)
-        if window < 1:
-            raise BudgetError(
-                f"{self._memory_name}={format_bytes(self.memory_nbytes)} cannot hold a state and the residuals of one "
-                f"step, {format_bytes(state + block)} together; give at least that, or use capture=False"
-            )
-        return replace(choice, slots=slots, blocks=1, window=window)
-
-    def _expected(self, choice: Choice) -> Choice:
-        """The choice, predicted to hold only what it holds while storage keeps up; the rest is for when it does not."""
-        peak = choice.prediction.peak_memory_bytes
-        state, block = self._item_nbytes(self._traits.state_nbytes), self._block_nbytes(choice)
-        slots = self._held_slots(choice)
-        if slots is not None:
-            peak -= (choice.slots - slots) * state
-        elif choice.schedule == "residuals" and self._limits is None:
-            # A plan that records only some windows does so as fast as storage goes, and all blocks wait to be written.
-            blocks = min(choice.blocks, 2 * STAGED) if choice.record_fraction == 1.0 else choice.blocks
-            peak = min(peak, blocks * block + min(choice.slots, STAGED) * state)
-        return replace(choice, prediction=replace(choice.prediction, peak_memory_bytes=peak + self._codec_nbytes))
-
-    def _layout(self) -> Layout:
-        layout, staging = layout_of(self.choice, self._problem(), self.costs), self._staging(self.choice)
-        held = self._held_slots(self.choice)
-        if self.choice.schedule == "asynchronous" and staging is not None:
-            tail = layout.dense or layout.tail
-            layout = replace(layout, tail=min(tail, staging * self.choice.window), dense=0)
-        free = self._traits.initial_is_free
-        return replace(layout, staging=staging, held=held, initial_is_free=free)
-
-    def _staging(self, choice: Choice) -> int | None:
-        """Items to hold in the forward sweep, where touching more memory may cost more than it can save."""
-        if not choice.uses_disk:
-            return None
-        state = self._item_nbytes(self._traits.state_nbytes)
-        if FRESH * state / self._touch <= self.costs.forward and not choice.record_fraction:
-            return None
-        return STAGED
-
-    def _held_slots(self, choice: Choice) -> int | None:
-        """Snapshots to hold in the reverse sweep, for the same reason: those of an interval, and a few read ahead."""
-        if not _paces_itself(choice) or self._limits is not None or self._staging(choice) is None:
-            return None
-        return min(choice.slots, ceil(choice.spacing / choice.window) + STAGED)
 
     def _assemble(self) -> None:
         choice, costs = self.choice, self.costs
@@ -622,7 +549,7 @@ class Run:
         self._budget = Budget(self.memory_nbytes)
         self._budget.reserve(self._codec_nbytes)
         self._budget.reserve(self._tape_nbytes())
-        self._trace = Trace(self._clock(), spacing=partial(_spacing, stock) if _paces_itself(choice) else None)
+        self._trace = Trace(self._clock(), spacing=partial(_spacing, stock) if choice.paces_itself else None)
         observers: list[Observer] = [self._trace, *self._settings.observers]
         self._mover = Mover(
             stock=stock,
@@ -636,7 +563,7 @@ class Run:
             on_first_fault=_warn,
         )
         self._trace.held = partial(_held, self._budget, self._compressed or self._mover.storage)
-        layout = self._layout()
+        layout = layout_of(choice)
         job = self._job if self._keeper is None else self._attached(self._keeper, layout)
         accelerator = self._accelerator
         if accelerator is not None:
@@ -699,7 +626,7 @@ class Run:
         """Have the system provide the memory the sweeps will use before they do, and beside the first steps."""
         choice = self.choice
         interval = ceil(choice.spacing / choice.window) if choice.uses_disk and not choice.record_fraction else 0
-        wanted = self._held_slots(choice) or (interval + 2 * STAGED if choice.uses_disk else choice.slots)
+        wanted = choice.held or (interval + 2 * STAGED if choice.uses_disk else choice.slots)
         for kind, most in ((Kind.SNAPSHOT, self._traits.working_slots + wanted), (Kind.RESIDUALS, 2 * STAGED)):
             memory = self._pools[kind].memory(most)
             if memory.nbytes and not provide(memory[:HUGE_PAGE]):
@@ -778,6 +705,8 @@ class Run:
         if self._keeper is not None:
             self._keeper.stop()
         self._mover.close()
+        if hasattr(self._job, "leave"):
+            self._job.leave()
         self._release_memory()
         self._trace.end()
 
@@ -824,7 +753,7 @@ class Run:
             schedule=self.choice.schedule if given is None else given.name,
             choice=self.choice,
             costs=self.costs,
-            layout=self._layout() if given is None else None,
+            layout=layout_of(self.choice) if given is None else None,
             known=self._traits.steps is not None,
             predicted=self.predicted,
             trace=self._trace,
@@ -854,7 +783,7 @@ class Run:
         prediction, steps = self.choice.prediction, self._stock.steps or 0
         if self._traits.steps is None and steps:  # the plan was made for a length that was only assumed
             again = predict_again(self.choice, replace(self._problem(), steps=steps), self.costs)
-            prediction = self._expected(replace(self.choice, prediction=again)).prediction
+            prediction = replace(again, peak_memory_bytes=again.peak_memory_bytes + self._codec_nbytes)
         return Quantities(
             seconds=prediction.time_seconds,
             peak_memory_bytes=prediction.peak_memory_bytes,
@@ -864,11 +793,6 @@ class Run:
             steps_recomputed=max(0, prediction.advances - round((1.0 - self.choice.record_fraction) * steps)),
             stall_seconds=prediction.stall_seconds,
         )
-
-
-def _paces_itself(choice: Choice) -> bool:
-    """Whether the plan stores as often as storage allows, and so follows the measured times."""
-    return choice.schedule == "asynchronous" and choice.stall_spacing is None and choice.longest_piece is None
 
 
 def refuse_resuming(

@@ -44,7 +44,9 @@ class StepError(UsageError):
 
 
 class ReplayError(StepError):
-    """A state that was computed again, or fetched, is not what it was the first time; found by ``verify=True``.
+    """A state that was computed again, or fetched, is not what it was the first time.
+
+    ``verify=True`` compares all of them; a `Sweep` always compares a few.
 
     Args:
         message: What is wrong.

@@ -7,19 +7,16 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from longtape.actions import Key, Kind
-from longtape.plan.asynchronous import Layout, Rules
+from longtape.plan.asynchronous import Rules
+from longtape.plan.choice import layout_of
 from longtape.plan.choose import Choice, choose
-from longtape.plan.costs import LEAST_TO_PIN, Costs, Device, Problem
+from longtape.plan.costs import Costs, Device, Problem
 from longtape.plan.nested import alone, least_device_nbytes
 from longtape.plan.predict import Prediction, can_record, recorded_seconds
-from longtape.plan.recording import safety_windows
 from longtape.plan.simulate import Outcome, Speeds, simulate
 
 STORAGE_BYTES_PER_SECOND = 1e9
 """Of an ordinary solid-state disk, to say what one would bring where there is none."""
-
-UNINSURED = 1 << 62
-"""Windows between snapshots against lost blocks, where none can be lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +53,6 @@ class Foresight:
     """Those that would save at least a hundredth of the time, the largest saving first."""
     alternatives: tuple[Alternative, ...] = ()
     """The best of each other schedule, the quickest first; what storing everything would need is always among them."""
-
-
-def layout_of(choice: Choice, problem: Problem, costs: Costs | None = None) -> Layout:
-    """The choice in the terms of the plan generator; with a device, the costs say what its link takes."""
-    # Where every window is recorded, snapshots only insure them, and one of state 0 does that best.
-    least = LEAST_TO_PIN if choice.record_fraction < 1.0 else 1
-    linked = costs is not None and problem.device is not None and not choice.on_device
-    # What memory holds needs no insurance against storage.
-    safety = safety_windows(problem, choice.window) if choice.uses_disk or problem.device is None else UNINSURED
-    return Layout(
-        window=choice.window,
-        tail=choice.tail,
-        dense=choice.dense,
-        fixed_spacing=choice.stall_spacing,
-        longest_piece=choice.longest_piece,
-        records=choice.blocks > 0 and (problem.device is None or choice.on_device),
-        record_fraction=choice.record_fraction,
-        plain_run=round(choice.spacing / choice.window) if 0.0 < choice.record_fraction < 1.0 else None,
-        stores=choice.uses_disk,
-        safety=safety,
-        pin_initial=problem.pins_initial and choice.uses_disk and choice.slots >= least,
-        out_seconds=costs.out_seconds(problem.state_nbytes) if costs and linked else 0.0,
-        in_seconds=costs.in_seconds(problem.state_nbytes) if costs and linked else 0.0,
-    )
 
 
 def foresee(problem: Problem, costs: Costs) -> Foresight:
@@ -163,7 +136,7 @@ def replay(foresight: Foresight, rules: Rules | None = None) -> Outcome:
     """Run the chosen plan in the event model; takes time and memory that grow with the number of steps."""
     problem, costs, choice = foresight.problem, foresight.costs, foresight.choice
     steps = problem.steps or 10_000
-    block = choice.window * (problem.residual_nbytes or 0)
+    block = problem.block_nbytes(choice.window)
 
     def nbytes(key: Key) -> int:
         return problem.state_nbytes if key.kind is Kind.SNAPSHOT else block
@@ -186,7 +159,7 @@ def replay(foresight: Foresight, rules: Rules | None = None) -> Outcome:
             staging=problem.device.staging,
             device_slots=choice.device_slots,
         )
-    layout = layout_of(choice, problem, costs)
+    layout = layout_of(choice)
     limit = inf if problem.disk_nbytes is None else problem.disk_nbytes
     return simulate(
         steps,

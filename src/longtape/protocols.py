@@ -71,7 +71,8 @@ class Pool(Protocol):
 class Job(Protocol):
     """What the executor drives: the user's steps and working state, seen through a front end.
 
-    Called from the executor's thread only.  Steps are half-open ranges.
+    Called from the executor's thread only.  Steps are half-open ranges.  A job that may be in a slot,
+    or has memory of its own, has a method `leave` too: the sweeps are over, and it lets go of both.
     """
 
     def advance(self, start: int, stop: int) -> int:

@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from longtape.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from longtape.engine.trace import Trace
+    from longtape.plan.costs import Costs
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +181,8 @@ class Report:
     """Transfers that failed and what became of them; each cost time only."""
     notes: tuple[str, ...]
     """Things worth knowing, such as why a step could not be captured."""
+    costs: Costs | None = None
+    """The times that the plan was made with."""
     failed_transfers: int = 0
     """How many transfers failed, repeated ones included; `faults` tells of the first of them."""
     repeated_reads: int = 0
@@ -222,6 +226,8 @@ class Report:
         """One line of JSON."""
         found = asdict(replace(self, trace=None))
         del found["trace"]
+        if self.costs is not None:  # what takes no time has an infinite speed, for which JSON has no word
+            found["costs"] = {name: value for name, value in found["costs"].items() if value != inf}
         return json.dumps(found)
 
     def append_to(self, path: str | os.PathLike[str]) -> None:

@@ -101,6 +101,7 @@ class Retrospect:
             overlap_fraction=trace.overlap_fraction(),
             direct_io=getattr(mover.tier, "direct", None),
             faults=(*self.early_faults, *mover.faults, *(() if keeper is None else keeper.faults)),
+            costs=self.costs,
             failed_transfers=written.failures + fetched.failures,
             repeated_reads=mover.repeated_reads,
             notes=(*self.notes, *(() if keeper is None else keeper.notes)),

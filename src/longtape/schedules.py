@@ -10,7 +10,8 @@ Needs the package checkpoint_schedules, which is loaded with this module.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf
+from math import inf, isfinite
+from numbers import Integral
 from typing import Any
 
 from checkpoint_schedules import Copy, EndForward, EndReverse, Forward, Move, Reverse, StorageType
@@ -69,13 +70,12 @@ class AsyncMultistage(CheckpointSchedule):  # type: ignore[misc]
         write: float = 2.0,
         read: float = 2.0,
     ) -> None:
-        for name, count in (("max_n", max_n), ("snapshots_in_ram", snapshots_in_ram)):
-            _require_count(name, count, least=1)
+        max_n = _count("max_n", max_n, least=1)
+        snapshots_in_ram = _count("snapshots_in_ram", snapshots_in_ram, least=1)
         if snapshots_on_disk is not None:
-            _require_count("snapshots_on_disk", snapshots_on_disk, least=0)
+            snapshots_on_disk = _count("snapshots_on_disk", snapshots_on_disk, least=0)
         for name, seconds in (("forward", forward), ("reverse", reverse), ("write", write), ("read", read)):
-            if not seconds > 0:
-                raise UsageError(f"{name} must be a positive number of seconds, not {seconds!r}")
+            _require_seconds(name, seconds)
         super().__init__(max_n)
         self._slots = snapshots_in_ram
         self._seconds = Speeds(forward, reverse, lambda key: write, lambda key: read)
@@ -141,9 +141,19 @@ class Revolve(AsyncMultistage):
         return advances(self._max_n, self._slots) + int(self._max_n)
 
 
-def _require_count(name: str, count: Any, *, least: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < least:
+def _count(name: str, count: Any, *, least: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
         raise UsageError(f"{name} must be an integer of at least {least}, not {count!r}")
+    return int(count)
+
+
+def _require_seconds(name: str, seconds: Any) -> None:
+    try:
+        makes_sense = not isinstance(seconds, bool) and isfinite(seconds) and seconds > 0
+    except TypeError:
+        makes_sense = False
+    if not makes_sense:
+        raise UsageError(f"{name} must be a positive number of seconds, not {seconds!r}")
 
 
 class _Interpreter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import fcntl
 import gc
 import mmap
@@ -19,6 +20,7 @@ from unittest import mock
 import longtape
 from longtape.tiers import aligned
 
+_LOAD_CONST, _SWAP = dis.opmap["LOAD_CONST"], dis.opmap.get("SWAP", -1)
 PACKAGE = str(Path(longtape.__file__).parent)
 PATIENCE_SECONDS = 5.0
 """How long threads that are told to end may take."""
@@ -62,9 +64,16 @@ def interrupted(body: Callable[[], Any], at: int) -> str | None:
     return where
 
 
+def _is_exit(frame: FrameType) -> bool:
+    """Whether a ``with`` is about to be left in good order: Python looks for no interrupt before it has been."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    at += 2 * (code[at] == _SWAP)  # below what is returned
+    return code[at] == _LOAD_CONST and code[at : at + 2] == code[at + 2 : at + 4] == code[at + 4 : at + 6]
+
+
 def _traced(body: Callable[[], Any], at_line: Callable[[FrameType], None]) -> None:
     def local(frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
+        if event == "line" and not _is_exit(frame):
             at_line(frame)
         return local
 
@@ -99,7 +108,7 @@ class Nothing:
     def __exit__(self, *error: object) -> None:
         self._patch.stop()
 
-    def left(self) -> list[str]:
+    def left(self, *, collects: bool = True) -> list[str]:
         """What is left, once all references are gone and what is ending has ended."""
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -108,7 +117,8 @@ class Nothing:
             found += [f"{nbytes} bytes of slots" for nbytes in self._mapped()]
             if not found or time.monotonic() > until:
                 return found
-            gc.collect()
+            if collects:
+                gc.collect()
             time.sleep(0.002)
 
     def _mapped(self) -> list[int]:

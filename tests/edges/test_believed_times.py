@@ -131,7 +131,7 @@ def test_captured_steps(clock: Clock, true: float, monkeypatch: pytest.MonkeyPat
         )
         carry.sum().backward()
         found = runs[0].costs
-        assert not runs[0].report.notes
+        assert not runs[0].notes
         assert found.forward == near(true)
         assert found.record == near(1.5 * true)
         assert found.pull_back == near(2 * true)
@@ -223,39 +223,7 @@ def test_long_steps_of_jax_are_run_once_each_way(clock: Clock, monkeypatch: pyte
     assert seen[0] == {"_advance": 1, "_record": 1, "_pull_back": 1}
 
 
-# Devito, pyrevolve ----------------------------------------------------------------------------------
-
-
-class Kernel:
-    """A compiled operator that only takes time."""
-
-    def __init__(self, clock: Clock, cost: Any) -> None:
-        self.first, self.last, self.values = 0, 99, [0]
-        self._clock, self._cost = clock, cost
-
-    def with_copies(self, besides: Any = ()) -> list[int]:
-        return [0]
-
-    def run(self, first: int, last: int, values: Any) -> None:
-        self._clock.spend(sum(self._cost() for _ in range(first, last + 1)))
-
-
-@pytest.mark.parametrize("true", TRUE_SECONDS)
-@pytest.mark.parametrize("stride", [1, 3])
-def test_strides_of_devito(clock: Clock, true: float, stride: int) -> None:
-    pytest.importorskip("devito")
-    from longtape.devito import _OperatorsJob
-
-    buffer = np.zeros((stride + 2, 8))
-    field = SimpleNamespace(name="u", buffer=buffer, reads={0}, at=lambda moment, other=None: [buffer[0]])
-    window = SimpleNamespace(ready=lambda last: last)
-    for spike in SPIKES:
-        forward, reverse = Kernel(clock, Varying(true, spike)), Kernel(clock, Varying(2 * true, spike))
-        found = _OperatorsJob(forward, reverse, [field], window, stride).measure()
-        assert found.forward == near(stride * true)
-        assert found.record == near(stride * true)
-        assert found.pull_back == near(stride * 2 * true)
-        assert found.reverse == near(stride * 3 * true)
+# pyrevolve (Devito has a file of its own) ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("true", TRUE_SECONDS)
@@ -273,6 +241,7 @@ def test_operators_of_pyrevolve(clock: Clock, true: float) -> None:
             self.cost = cost
 
         def apply(self, **times: Any) -> None:
+            live[:] += times["t_end"] - times["t_start"]
             clock.spend(sum(self.cost() for _ in range(times["t_start"], times["t_end"])))
 
     for spike in (None, 0, 1, 2):

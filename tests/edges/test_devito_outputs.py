@@ -131,11 +131,30 @@ def test_states_are_compared_if_asked(scratch: Path) -> None:
         assert way != "recomputed" or sweep.report.states_verified > STEPS
 
 
-def test_packed(scratch: Path) -> None:
+@pytest.mark.parametrize("record", [False, True])
+def test_packed(record: bool, scratch: Path) -> None:
+    gradients = {}
+    for codec in ("zstd", "relative:1e-3+zstd"):
+        problem = fresh()
+        memory = (30 if record else 10) * (STATE + 64)
+        sweep = problem.sweep(memory=memory, disk=scratch, compress=codec, costs=costs(record=record))
+        run_both(problem, sweep)
+        assert sweep.report.codec == codec
+        gradients[codec] = problem.results()
+    assert_right(gradients["zstd"])
+    exact, rounded = gradients["zstd"]["grad"], gradients["relative:1e-3+zstd"]["grad"]
+    assert not record or not np.array_equal(exact, rounded)
+    assert np.linalg.norm(exact - rounded) < 0.01 * np.linalg.norm(exact)
+
+
+def test_whether_a_codec_is_used_is_measured(scratch: Path) -> None:
     problem = fresh()
-    slow = longtape.Costs(1e-3, 3e-3, write_bytes_per_second=1e7, read_bytes_per_second=1e7)
-    sweep = problem.sweep(memory=12 * (STATE + 64), disk=scratch, compress="zstd", costs=slow)
+    sweep = problem.sweep(memory=8 * (STATE + 64), disk=scratch, compress="lz4")
     run_both(problem, sweep)
     assert_right(problem.results())
+
+
+def test_a_lossy_codec_cannot_be_verified() -> None:
+    problem = fresh()
     with pytest.raises(longtape.UsageError, match="verify"):
         problem.sweep(memory="1MiB", compress="relative:1e-3+zstd", verify=True)

@@ -118,9 +118,9 @@ def test_a_step_that_rebinds_is_refused_before_the_sweep(kind: type, name: str, 
 
 @pytest.mark.parametrize(("kind", "name"), REBINDING)
 def test_or_at_its_first_step_where_none_runs_before_the_sweep(kind: type, name: str) -> None:
-    with longtape.Sweep(kind(), 10, memory=50 * 80, costs=longtape.Costs(1.0, 2.0)) as sweep:
-        with pytest.raises(longtape.StepError, match=name):
-            sweep.forward()
+    sweep = longtape.Sweep(kind(), 10, memory=50 * 80, costs=longtape.Costs(1.0, 2.0))
+    with sweep, pytest.raises(longtape.StepError, match=name):
+        sweep.forward()
 
 
 def test_swapped_buffers_are_noticed() -> None:
@@ -260,9 +260,8 @@ def test_nor_does_a_model_that_runs_out_of_place() -> None:
             super().advance_into(step, source, target)
             return step < 50
 
-    with pytest.raises(longtape.StepError, match="advance_into.*steps=None"):
-        with longtape.Sweep(Ends(), N, memory=5 * STATE) as sweep:
-            sweep.forward()
+    with pytest.raises(longtape.StepError, match=r"advance_into.*steps=None"):
+        run(Ends(), memory=5 * STATE)
 
 
 def test_out_of_place_steps_must_leave_their_source() -> None:
@@ -432,7 +431,7 @@ def test_half_of_an_out_of_place_model_is_refused(there: str, missing: str) -> N
 
 def test_a_model_that_runs_out_of_place_needs_nothing_else() -> None:
     class Only:
-        state = [np.ones(3)]
+        state = (np.ones(3),)
         advance_into = staticmethod(lambda step, source, target: np.sin(source[0], out=target[0]))
         reverse_from = staticmethod(lambda step, source: None)
 

@@ -111,8 +111,10 @@ def test_a_read_that_fails_once_costs_nothing(tmp_path):
 
 def test_the_warning_is_given_once(tmp_path):
     tier = DamagedDisk(tmp_path, lambda index, key: True, "flip")
-    sweep = longtape.Sweep(Chaotic(2000), 300, memory=4 * nbytes(), tier=tier, costs=storing_costs())
+    model = Chaotic(2000)
+    sweep = longtape.Sweep(model, 300, memory=4 * nbytes(), tier=tier, costs=storing_costs())
     sweep.forward()
+    model.start_adjoint()
     with pytest.warns(RuntimeWarning, match="damaged block") as told:
         sweep.reverse()
     assert len(told) == 1

@@ -17,6 +17,7 @@ STEPS = 40
 
 def make(disk, model=None, steps=STEPS):
     model = model or unhurried(Chaotic)(2000)
+    model.adjoint[0][:] = 1.0  # for those that do not start it
     return longtape.Sweep(model, steps, memory=4 * nbytes(), disk=disk, costs=storing_costs()), model
 
 

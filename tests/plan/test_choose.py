@@ -386,7 +386,7 @@ def test_plans_with_recorded_windows_have_slots_for_what_has_to_be_run_again(ban
             return slower * costs.write_seconds(problem.state_nbytes if key.kind is Kind.SNAPSHOT else block)
 
         speeds = Speeds(costs.forward, costs.reverse, seconds, seconds, costs.record, costs.pull_back)
-        layout = layout_of(choice, problem)
+        layout = layout_of(choice)
         return simulate(2000, choice.slots, speeds, layout=layout, blocks=choice.blocks).seconds
 
     assert taken(1.35) < 1.15 * taken(1.0)

@@ -265,7 +265,7 @@ def test_never_predicted_worse_than_without_the_host(asked):
 def test_a_plan_is_laid_out(asked):
     problem, costs = asked
     choice = choose(problem, costs)
-    layout = layout_of(choice, problem, costs)
+    layout = layout_of(choice)
     assert layout.records == (choice.blocks > 0 and choice.on_device)
     assert layout.stores == choice.uses_disk
     assert (layout.in_seconds > 0.0) == (not choice.on_device and costs.in_seconds(problem.state_nbytes) > 0.0)

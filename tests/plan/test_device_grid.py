@@ -181,7 +181,7 @@ def test_every_plan_is_legal(steps, inner, slots, copy, write, records, known):
             lambda key: costs.in_seconds(size[key.kind]),
             device_slots=choice.device_slots,
         ),
-        layout=layout_of(choice, problem, costs),
+        layout=layout_of(choice),
         blocks=choice.blocks,
         known=known,
         observe=actions.append,

@@ -89,7 +89,7 @@ def test_not_where_storage_has_room():
     assert choose(*job(2000, 4, 2000, 2)).longest_piece is None
     problem, costs = job(2000, 4, 16, 2)
     assert choose(replace(problem, steps=None), costs).longest_piece is None
-    assert layout_of(choose(problem, costs), problem).longest_piece is not None
+    assert layout_of(choose(problem, costs)).longest_piece is not None
 
 
 def test_the_choice_is_quick():

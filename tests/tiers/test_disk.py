@@ -881,12 +881,13 @@ def test_the_file_stays_open_while_a_write_is_under_way(
     tier = make()
     tier.reserve(snapshot(1), NBYTES)
     stuck = Stuck(monkeypatch, tier, snapshot(1), noise(NBYTES))
+    fd = tier.fileno()
     tier.close()
-    os.fstat(tier.fileno())
+    os.fstat(fd)
     stuck.end()
     assert not stuck.errors
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(tier.fileno())
+        os.fstat(fd)
     tier.close()
 
 

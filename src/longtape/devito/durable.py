@@ -95,14 +95,13 @@ class Kept:
         return [np.array([self._job.written_before], np.int64).view(np.uint8), *self._outputs.whole()]
 
     def put_standing(self, arrays: list[Bytes]) -> None:
-        self._standing = arrays
+        written_before, *self._standing = arrays
+        self._job.written_before = int(written_before.view(np.int64)[0])
 
     def begin(self) -> None:
-        """The forward sweep begins: times of the process before have written what they write."""
+        """The forward sweep begins."""
         if self._standing is not None:
-            written_before, *arrays = self._standing
-            self._outputs.put_whole(arrays)
-            self._job.written_before = int(written_before.view(np.int64)[0])
+            self._outputs.put_whole(self._standing)
             self._standing = None
 
     def seed(self) -> str:

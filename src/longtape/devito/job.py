@@ -20,17 +20,19 @@ from typing import Any
 
 import numpy as np
 
+from longtape.actions import Kind
 from longtape.devito.fields import Wavefield, Window
 from longtape.devito.kernels import ALIGNMENT, Array, Kernel, bytes_of
-from longtape.durable.fingerprints import of_bytes
 from longtape.errors import ReplayError, UsageError
+from longtape.known import KnownState
 from longtape.layout import Fields
 from longtape.measure import JobCosts
-from longtape.protocols import Bytes, Slot
+from longtape.protocols import Bytes, Floats, Slot
+from longtape.timing import MOST_BUSY_SECONDS, ONCE_SECONDS, TIMES
 from longtape.witness import Witness
 
-COSTLY_SECONDS = 1.0
-"""A stride that takes longer is not run to time it; two of its times are."""
+SAMPLED = 16
+"""Strides run to see how small a state becomes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +64,7 @@ class OperatorsJob:
         stride: int,
         *,
         verify: bool = False,
+        lossy: bool = False,
     ) -> None:
         self._forward, self._reverse = forward, reverse
         self._fields, self._window, self._stride = wavefields, window, stride
@@ -72,9 +75,9 @@ class OperatorsJob:
         self._home = _Place([field.buffer for field in self._read])
         self._leaves = [f"{f.name}[t{level:+d}]" if level else f"{f.name}[t]" for f in wavefields for level in f.state]
         self._witness = Witness(self._leaves.__getitem__) if verify else None
-        self._turned = False
-        self._final: list[str] | None = None
-        """Fingerprints of the levels of the final state, until it has been computed again."""
+        self._turned, self._lossy = False, lossy
+        self._final: KnownState | None = None
+        """The final state, until it has been computed again."""
         self.written_before = forward.first
         """Times before this one have written what they write beside the wavefields."""
         self._copied: list[Any] | None = None
@@ -173,7 +176,7 @@ class OperatorsJob:
     def turn(self) -> None:
         self.settle()
         self._turned, self._copied = True, None
-        self._final = self._prints() if self._forward.is_exact else None
+        self._final = None if self._lossy else KnownState(self._live(self._moment))
 
     def reverse(self, start: int, stop: int) -> None:
         if stop != start + 1:
@@ -275,9 +278,6 @@ class OperatorsJob:
     def _leaf_bytes(self) -> list[Bytes]:
         return [bytes_of(level) for level in self._live(self._moment)]
 
-    def _prints(self) -> list[str]:
-        return [of_bytes([leaf]) for leaf in self._leaf_bytes()]
-
     def _see(self) -> None:
         assert self._witness is not None
         self._witness.see(self._moment, self._leaf_bytes())
@@ -287,8 +287,7 @@ class OperatorsJob:
         known, self._final = self._final, None
         if known is None:
             return
-        differs = [leaf for leaf, then, now in zip(self._leaves, known, self._prints(), strict=True) if then != now]
-        if differs:
+        if differs := [self._leaves[k] for k in known.differing(self._live(self._moment))]:
             name, last = self._forward.name, self._forward.last
             raise ReplayError(
                 f"operator {name}, run again from a stored state to the last time {last}, ended in another "
@@ -311,7 +310,8 @@ class OperatorsJob:
                 np.copyto(target, level)
 
         back = _seconds(self._reverse, self._reverse.with_arrays(self._reverse.copies()), first, last)
-        forward = self._forward.with_arrays(self._forward.copies())
+        copies = self._forward.copies()
+        forward = self._forward.with_arrays(copies)
         ahead = _seconds(self._forward, forward, first, last)
         copy()
         began = clock()
@@ -323,8 +323,34 @@ class OperatorsJob:
             reverse=back + again * ahead,
             record=ahead + copied,
             pull_back=back,
-            busy=lambda: self._forward.run(first, last, forward),
+            busy=None if ahead > MOST_BUSY_SECONDS else lambda: self._forward.run(first, last, forward),
+            sample=lambda: self._sample(copies, forward, 1 if ahead * SAMPLED > ONCE_SECONDS else SAMPLED),
         )
+
+    def _sample(self, copies: Mapping[str, Array], values: list[Any], strides: int) -> tuple[Kind, Bytes]:
+        """A state some strides on, computed in copies."""
+        for wavefield in self._fields:
+            np.copyto(copies[wavefield.name], wavefield.buffer)
+        stop, slot = min(strides, self._steps), Slot(np.zeros(self._state.nbytes, np.uint8))
+        self._forward.run(self.first(0), self._last(stop - 1), values)
+        levels = [level for f in self._fields for level in f.at(self.first(stop), copies[f.name])]
+        for kept, level in zip(self._views(slot)[0], levels, strict=True):
+            np.copyto(kept, level)
+        return Kind.SNAPSHOT, slot.data
+
+    def floats(self, kind: Kind, nbytes: int) -> list[Floats]:
+        """Where an item holds numbers that a lossy codec may round."""
+        if kind is Kind.SNAPSHOT:
+            arrays, layout, starts = self._live(0), self._state, [0]
+        else:
+            arrays, layout = [f.buffer for f in self._read], self._residuals
+            starts = list(range(0, nbytes, self.residual_nbytes))
+        return [
+            Floats(start + offset, start + offset + array.nbytes, array.dtype.itemsize)
+            for start in starts
+            for offset, array in zip(layout.offsets, arrays, strict=False)  # the number of the step is none
+            if array.dtype.char in "fd"
+        ]
 
 
 def _seconds(kernel: Kernel, values: list[Any], first: int, last: int) -> float:
@@ -337,4 +363,4 @@ def _seconds(kernel: Kernel, values: list[Any], first: int, last: int) -> float:
 
     run(first)  # what is used for the first time is slow
     expected = (last - first + 1) * run(first)
-    return expected if expected > COSTLY_SECONDS else min(run(last) for _ in range(3))
+    return expected if expected > ONCE_SECONDS else min(run(last) for _ in range(TIMES))

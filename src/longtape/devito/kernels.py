@@ -7,7 +7,6 @@ releases the GIL, so that storage works meanwhile.
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +80,7 @@ class Kernel:
         self.values = [prepared[name] for name in self._names]
         # Devito frees memory with the object that owns it, whatever views there are.
         functions = [*self.operator.parameters, *self._given.values()]
-        functions += [getattr(f, name) for f in functions for name in getattr(f, "_sub_functions", ())]
+        functions += [getattr(f, name, None) for f in functions for name in getattr(f, "_sub_functions", ())]
         self._owners = [getattr(function, "_data", None) for function in functions]
 
     def changed(self) -> list[str]:
@@ -100,12 +99,6 @@ class Kernel:
                 "it is run over a few times at a call, and would do so at every call. Move that equation to an "
                 "operator of its own, applied before or after the sweep"
             )
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether it gives the same bits each time.  Sums that threads share may be taken in any order."""
-        threads = [value for name, value in self.scalars.items() if name.startswith("nthreads")]
-        return all(value == 1 for value in threads) or not re.search(r"\batomic\b|\breduction\(", self.code)
 
     @property
     def code(self) -> str:

@@ -28,6 +28,7 @@ from longtape.plan.costs import Costs
 from longtape.processes import require_independent
 from longtape.protocols import Observer, Tier
 from longtape.report import Report
+from longtape.tiers.codecs import parse_codec
 
 
 class Sweep:
@@ -50,8 +51,8 @@ class Sweep:
         disk: Existing directory for a private scratch file, or None to recompute in memory only.
         disk_limit: Most bytes of it.
         forward_args: What ``forward.apply`` would be given, such as ``{"dt": dt, "src": src}``.
-        reverse_args: What ``reverse.apply`` would be given.  Values of their arrays may
-            change until `reverse` is called, the arrays may not.
+        reverse_args: What ``reverse.apply`` would be given.  What only `reverse` reads may
+            change until it is called; what `forward` reads may not.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
         stuck_seconds: Wait no longer for storage than this; what it does not deliver is recomputed.
@@ -59,7 +60,7 @@ class Sweep:
             operators; measured when None, without touching the operators' arrays.
         verify: Run one time at a call, and compare every state that is computed again, or
             fetched, with what it was the first time, bit for bit.  Without it that is done
-            for the final state only.
+            for the final state only, rounding aside.
         compress: Codec for what goes to storage, as for `longtape.Sweep`.
         resume: Existing directory that makes the run durable.  After a kill, a loss of power or an exception, the
             same call with everything set as at first goes on where the run was, forward or
@@ -109,6 +110,7 @@ class Sweep:
         independent: bool = False,
     ) -> None:
         require_independent(independent)
+        lossy = compress is not None and parse_codec(compress).bound is not None
         if verify:
             refuse_lossy_verification(compress)
         if resume is not None:
@@ -134,7 +136,7 @@ class Sweep:
         stride = min(window.stride, ahead.last - ahead.first + 1)
         self._forward, self._reverse, self._fields = ahead, back, fields
         self._prints: dict[str, str] = {}
-        self._job = OperatorsJob(ahead, back, fields, window, stride, verify=verify)
+        self._job = OperatorsJob(ahead, back, fields, window, stride, verify=verify, lossy=lossy)
         self._kept = Kept(ahead, back, own, self._job)
         can_record = window.is_even and self._job.residual_nbytes > 0
         traits = Traits(
@@ -143,6 +145,7 @@ class Sweep:
             state_nbytes=self._job.state_nbytes,
             residual_nbytes=self._job.residual_nbytes if can_record else None,
             notes=(f"a step is {stride} time steps, which the time buffer holds at once",) if stride > 1 else (),
+            floats=self._job.floats,
         )
         home = None if resume is None else Home(resume, name)
         try:
@@ -253,8 +256,8 @@ class Sweep:
         seeds = self._reverse.seeds(besides=[field.name for field in self._fields])
         if seeds and not any(np.any(self._reverse.arrays[name]) for name in seeds):
             warnings.warn(
-                f"longtape: {' and '.join(seeds)} hold only zeros, so the adjoint of operator "
-                f"{self._reverse.name} begins at zero, and so does the gradient. Set them between forward() and reverse()",
+                f"longtape: {' and '.join(seeds)} hold only zeros, so operator {self._reverse.name} starts from "
+                "a zero adjoint, and the gradient will be zero. Set them between forward() and reverse()",
                 RuntimeWarning,
                 stacklevel=3,
             )

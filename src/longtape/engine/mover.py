@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from sys import maxsize
 
 from longtape.actions import Key, Kind
-from longtape.engine.workers import CLOSING_SECONDS, Transfer, Workers
+from longtape.engine.workers import Transfer, Workers
 from longtape.errors import DeviceError, PlanError, StorageError, StorageFull
 from longtape.plan.stock import Status, Stock
 from longtape.protocols import Event, Observer, Pool, Slot, Tier
@@ -216,9 +216,11 @@ class Mover:
             self.repeated_reads += 1
             self._submit(Transfer(key, transfer.slot, is_write=False, is_repeat=True))
             return
-        (self._settle_write if transfer.is_write else self._settle_read)(key, ok=ok, seconds=transfer.seconds)
         if transfer.is_write:
+            self._settle_write(key, ok=ok, seconds=transfer.seconds, at=transfer.ended)
             self._note_full(transfer.error)
+        else:
+            self._settle_read(key, ok=ok, seconds=transfer.seconds)
 
     def _is_worth_repeating(self, transfer: Transfer) -> bool:
         """A failed read whose item is still wanted is tried once more: not every failure is for good."""
@@ -235,8 +237,8 @@ class Mover:
             self.budget.release(self.nbytes[kind])
             self.stock.shelf(kind).capacity += 1
 
-    def _settle_write(self, key: Key, *, ok: bool, seconds: float = 0.0) -> None:
-        freed = self.stock.end_write(key, ok=ok, seconds=seconds)
+    def _settle_write(self, key: Key, *, ok: bool, seconds: float = 0.0, at: float | None = None) -> None:
+        freed = self.stock.end_write(key, ok=ok, seconds=seconds, at=at)
         if freed:
             self._vacate(key)
         if freed or not ok:
@@ -284,13 +286,9 @@ class Mover:
         """
         for transfer in self._under_way.values():
             transfer.claim()  # those not started never will be
-        ended = True
-        if self.workers is not None:
-            timeout = 0.0 if self._abandoned else self.stuck_seconds
-            is_lent = getattr(self.tier, "is_lent", False)  # what comes next may begin in it
-            ended = self.workers.close(timeout, timeout if is_lent else CLOSING_SECONDS)
+        ended = self.workers is None or self.workers.close(0.0 if self._abandoned else self.stuck_seconds)
         self._under_way.clear()
         self.held.clear()
-        if self.tier is not None and (self.workers is None or not ended):
-            self.tier.close()  # for which the last worker does not come soon
+        if self.tier is not None:
+            self.tier.close()  # as the last worker has done, or is doing, unless one is stuck
         return ended

@@ -125,15 +125,18 @@ class Workers:
             for _ in self._threads:
                 source.put(None)
 
-    def close(self, timeout: float, patience: float = CLOSING_SECONDS) -> bool:
+    def close(self, timeout: float) -> bool:
         """Let the threads end; False if one is still stuck in a transfer after `timeout` seconds in all.
 
-        The tier is closed by then or, where that takes longer than `patience` seconds, soon.
+        The tier is closed by then or, where that takes longer than `CLOSING_SECONDS`, soon; but a lent one is
+        waited for, since what comes next may begin in it.
         """
         self.let_go()
+        until = time.monotonic() + timeout
         if self._threads and not self._desk.is_idle.wait(timeout):
             return False
-        until = time.monotonic() + patience
+        if not getattr(self._desk.tier, "is_lent", False):
+            until = time.monotonic() + CLOSING_SECONDS
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         return True

@@ -86,13 +86,15 @@ class Call:
             return pending.forward(), pending
 
         def reverse(pending: Pending, bars: list[Any]) -> tuple[Any, ...]:
-            return tuple(pending.reverse(list(bars)))
+            with jax.disable_jit(False):
+                return tuple(pending.reverse(list(bars)))
 
         loop.defvjp(forward, reverse, symbolic_zeros=True)
 
         def call(inputs: list[Any]) -> Sequence[Any]:
             _refuse_forward_mode(inputs)
-            return loop(*inputs)
+            with jax.disable_jit(False):  # which lets one look into a step, but a run is made of compiled chunks
+                return loop(*inputs)
 
         return call
 
@@ -333,9 +335,9 @@ def _refuse_tracers(leaves: list[Any], when: str) -> None:
         )
     if any("Dynamic" in name or "Jit" in name or name == "JaxprTracer" for name in names):
         raise UsageError(
-            f"a longtape.jax loop is inside jax.jit (or another function that traces) while {when}; what it stores is "
-            "moved from Python, between compiled chunks of steps. Take the gradient outside of jax.jit, and compile "
-            "what comes before and after the loop by itself; the steps are compiled anyway"
+            "a longtape.jax loop is inside jax.jit (or another that traces, such as jax.checkpoint or lax.cond) "
+            f"while {when}; what it stores is moved from Python, between compiled chunks of steps. Take the gradient "
+            "outside of jax.jit, and compile what comes before and after the loop by itself; steps are compiled anyway"
         )
     raise UsageError(
         f"a longtape.jax loop is differentiated a second time: first derivatives in reverse mode are all it has "

@@ -63,6 +63,7 @@ class InPlaceJob:
 
     def __init__(self, model: Any, fields: StateFields, steps: int | None) -> None:
         self.model, self.outputs = model, Outputs(model)
+        self._has_outputs = bool(self.outputs)
         self.by_steps = True
         """Call the model for one step at a time: nobody has seen that it runs the range that it is asked for."""
         self.may_end = steps is None
@@ -87,6 +88,10 @@ class InPlaceJob:
         """Reverse windows of up to `count` + 1 steps, one step at a time, keeping the states of a window here."""
         self._rows = [[np.empty_like(array) for array in self.model.state] for _ in range(count)]
 
+    def leave(self) -> None:
+        """The sweeps are over: hold no memory."""
+        self._rows = []
+
     def initial(self) -> list[Array]:
         """State 0, to go back to after steps that are only tried."""
         return [array.copy() for array in self.model.state]
@@ -102,8 +107,16 @@ class InPlaceJob:
     # Steps -----------------------------------------------------------------------------------
 
     def advance(self, start: int, stop: int) -> int:
+        mark = self.replays.begin(start, stop)
+        if mark is not None or self.by_steps or self.untried or self.witness is not None or self._has_outputs:
+            return self._advance_in_parts(start, stop, mark)
+        reached = self.run(start, stop)
+        self.replays.passed(reached)
+        return reached
+
+    def _advance_in_parts(self, start: int, stop: int, mark: int | None) -> int:
+        before, began = None, start
         self._look()
-        mark, before, began = self.replays.begin(start, stop), None, start
         if self.witness is not None:
             self._see_loaded(start)
             if self.runs_ranges and not self.by_steps and stop > start + 1:
@@ -148,6 +161,8 @@ class InPlaceJob:
         return self._step
 
     def _checked_end(self, reached: Any, start: int, stop: int) -> int:
+        if reached is None and not self.may_end:
+            return stop
         is_count = isinstance(reached, (int, np.integer)) and not isinstance(reached, bool)
         if self.may_end:
             if not is_count or not start <= reached <= stop:
@@ -173,10 +188,13 @@ class InPlaceJob:
 
     def _reverse_by_rows(self, start: int, stop: int) -> None:
         model, rows = self.model, self._rows
+        is_watched = self.witness is not None or self._has_outputs
+        advance = self.advance if is_watched else self.run  # steps are tiny, and here is where most of them run
         for row, step in zip(rows, range(start, stop - 1), strict=False):
             for kept, array in zip(row, model.state, strict=True):
                 np.copyto(kept, array)
-            self.advance(step, step + 1)
+            advance(step, step + 1)
+        self.replays.passed(stop - 1)
         model.reverse(stop - 1, stop)
         for step in range(stop - 2, start - 1, -1):
             self.reset(rows[step - start])

@@ -25,13 +25,13 @@ where that saves a twentieth.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, inf, isfinite
-from typing import Literal
 
 from longtape.errors import BudgetError, UsageError
 from longtape.plan import nested
 from longtape.plan.binomial import capacity
+from longtape.plan.choice import STAGED, Choice, Schedule, completed, is_costly_to_touch
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.multistage import MOST_STATES, predict_multistage
 from longtape.plan.nested import grid
@@ -51,8 +51,7 @@ from longtape.plan.predict import (
 )
 from longtape.plan.recording import Recording, predict_residuals
 
-Schedule = Literal["store_all", "revolve", "online", "asynchronous", "residuals", "given"]
-"""`choose` takes any but the last; *given* is a schedule that the caller brings, see `scheduled`."""
+__all__ = ["LARGEST_BLOCK", "Choice", "Schedule", "choose", "predict_again"]
 
 LARGEST_BLOCK = 8 * 2**20
 """Bytes beyond which a larger residual block gains nothing: each costs compute some 0.4 ms, whatever its size."""
@@ -89,62 +88,6 @@ _LEAST_SLOTS_BEHIND = 4
 _FEWER_RUNS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A schedule and its parameters, with what they are expected to take."""
-
-    schedule: Schedule
-    window: int
-    """Steps whose adjoint is taken in one go."""
-    spacing: float
-    """Mean steps from one stored snapshot to the next.
-
-    For "residuals": the steps of a plain run, which starts from one snapshot.  For
-    "store_all": the window.  For "revolve" and "online": N, as nothing is stored.
-    """
-    slots: int
-    """Snapshots in memory, staging and prefetch included."""
-    blocks: int
-    """Residual blocks of `window` steps in memory; 0: windows are reversed by re-taping."""
-    record_fraction: float
-    """Fraction of the windows to record in the forward sweep."""
-    tail: int
-    """Last steps kept in memory only, as Revolve would: N for Revolve, 0 where N is unknown or windows are recorded."""
-    stall_spacing: int | None
-    """Store at exactly this many steps, waiting for storage where it does not keep up; None: as storage allows."""
-    prediction: Prediction
-    dense: int = 0
-    """Last steps of which every state is kept, on storage or else in memory; then `tail` is 0."""
-    alternatives: tuple[tuple[str, Prediction], ...] = ()
-    """The best of each other schedule that fits, quickest first."""
-    longest_piece: int | None = None
-    """Where storage holds few states: the steps beyond which the reverse sweep stores again, see `pieces`."""
-    device_slots: int = 0
-    """Snapshots on the device by which a window is reversed there, that of its first state included.
-
-    0: all steps of a window are taped or recorded there in one go, or there is no device.
-    """
-    on_device: bool = False
-    """Everything is kept in the device's own memory.
-
-    `slots` and `blocks` are then there, nothing goes over the link, and the host's memory and storage are not used:
-    the plan is one for a job without a device whose memory is `Device.memory_nbytes`.
-    """
-
-    disk_nbytes: int | None = None
-    """Most bytes that storage may take: a stated limit, or what is free there less a reserve.  None: not known."""
-
-    @property
-    def uses_disk(self) -> bool:
-        """Whether anything goes to storage."""
-        return self.schedule == "asynchronous" or (self.schedule == "residuals" and self.prediction.writes > 0)
-
-    @property
-    def footprint(self) -> Footprint:
-        """How the memory budget is shared out."""
-        return Footprint(self.window, self.slots, self.blocks, self.device_slots)
-
-
 def choose(problem: Problem, costs: Costs) -> Choice:
     """The schedule with the shortest predicted time among those that fit the budget.
 
@@ -169,14 +112,19 @@ def choose(problem: Problem, costs: Costs) -> Choice:
             chosen = choice
     others = sorted((c for c in best.values() if c is not chosen), key=_seconds)
     alternatives = tuple((c.schedule, c.prediction) for c in others)
-    return replace(chosen, alternatives=alternatives, disk_nbytes=problem.disk_nbytes)
+    return completed(replace(chosen, alternatives=alternatives), problem, costs)
 
 
 def predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:
     """What a choice made for an unknown length takes, now that the problem says how long it is."""
+    again = replace(choice, prediction=_predict_again(choice, problem, costs))
+    return completed(again, problem, costs).prediction
+
+
+def _predict_again(choice: Choice, problem: Problem, costs: Costs) -> Prediction:
     footprint = choice.footprint
     if choice.on_device:
-        return _device_alone(predict_again(replace(choice, on_device=False), nested.alone(problem), costs))
+        return _device_alone(_predict_again(replace(choice, on_device=False), nested.alone(problem), costs))
     if choice.schedule == "online":
         return predict_revolve(problem, costs, footprint)
     if choice.schedule == "residuals":
@@ -296,7 +244,7 @@ def _longest_window(problem: Problem, costs: Costs) -> int:
     steps, room = horizon(problem), problem.memory_nbytes - problem.state_nbytes
     if can_record(problem, costs):
         step = problem.residual_nbytes or 0
-        return max(1, steps if step == 0 else min(steps, room // step))
+        return max(1, steps if step == 0 else min(steps, (room - problem.residual_head_nbytes) // step))
     longest = max(1, min(steps, problem.max_window))
     return longest if problem.tape_nbytes == 0 else min(longest, 1 + room // problem.tape_nbytes)
 
@@ -325,10 +273,11 @@ def _fullest_windows(problem: Problem, costs: Costs) -> Iterator[int]:
     """
     records = can_record(problem, costs)
     tape = (problem.residual_nbytes or 0) if records else problem.tape_nbytes
+    memory = problem.memory_nbytes - (problem.residual_head_nbytes if records else 0)
     if tape == 0 or problem.state_nbytes == 0:
         return
     for slots in grid(min(problem.memory_nbytes // problem.state_nbytes, horizon(problem))):
-        extra = (problem.memory_nbytes - slots * problem.state_nbytes) // tape
+        extra = (memory - slots * problem.state_nbytes) // tape
         yield extra if records else 1 + extra
 
 
@@ -422,6 +371,8 @@ def _spaced_choice(
     interior = spaced(job, slots, fixed=fixed)
     if tail is None or problem.steps is None:
         tail = 1 if problem.steps is None else best_tail(job, slots, interior)
+    if is_costly_to_touch(problem, costs):
+        tail = min(tail, STAGED)
     return _choice(
         "asynchronous",
         footprint,
@@ -434,7 +385,7 @@ def _spaced_choice(
 
 def _densest(problem: Problem, costs: Costs, choice: Choice) -> Choice:
     """The choice, or one that keeps every state of its end where storage is almost fast enough for all of them."""
-    if problem.steps is None:
+    if problem.steps is None or is_costly_to_touch(problem, costs):
         return choice
     job, slots = pace(problem, costs, choice.footprint), working_slots(problem, choice.footprint)
     dense = dense_tail(job, slots, spaced(job, slots))
@@ -490,6 +441,7 @@ def _cut_again(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Choic
     if problem.steps is None or not 2 <= states <= MOST_STATES:
         return
     windows = -(-problem.steps // footprint.window)
+    most = choice.tail if is_costly_to_touch(problem, costs) else problem.steps
     lengths = {capacity(c, k) for k in range(_MOST_REPEATS) for c in (footprint.slots, max(1, footprint.slots - 1))}
     for longest in sorted(lengths):
         if longest < windows:
@@ -497,7 +449,7 @@ def _cut_again(problem: Problem, costs: Costs, choice: Choice) -> Iterator[Choic
             yield replace(
                 choice,
                 spacing=problem.steps / prediction.writes,
-                tail=min(problem.steps, longest * footprint.window),
+                tail=min(most, longest * footprint.window),
                 longest_piece=longest * footprint.window,
                 prediction=prediction,
             )
@@ -551,7 +503,7 @@ def _block_windows(problem: Problem, costs: Costs) -> list[int]:
     The plan takes the first of those that are predicted to be equally quick.
     """
     step = max(1, problem.residual_nbytes or 0)
-    room = (problem.memory_nbytes - problem.state_nbytes) // 2
+    room = (problem.memory_nbytes - problem.state_nbytes) // 2 - problem.residual_head_nbytes
     largest = max(1, min(LARGEST_BLOCK, room) // step)
     latencies: list[tuple[float, float]] = []
     if problem.has_disk:
@@ -571,7 +523,7 @@ def _block_windows(problem: Problem, costs: Costs) -> list[int]:
 
 def _block_footprints(problem: Problem, costs: Costs, window: int) -> Iterator[Footprint]:
     """A few slots for the plain runs, the rest to blocks: enough, all that fit, or so few that snapshots can wait."""
-    block = max(1, window * (problem.residual_nbytes or 0))
+    block = max(1, problem.block_nbytes(window))
     most = -(-horizon(problem) // window)
     for slots in _SLOTS_BESIDE_BLOCKS:
         blocks = min(most, (problem.memory_nbytes - slots * problem.state_nbytes) // block)

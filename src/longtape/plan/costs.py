@@ -29,6 +29,8 @@ class Costs:
 
     write_bytes_per_second: float = inf
     read_bytes_per_second: float = inf
+    touch_bytes_per_second: float = inf
+    """How fast the system provides memory that is used for the first time."""
     write_latency: float = 0.0
     read_latency: float = 0.0
     handling: float = 0.0
@@ -103,6 +105,9 @@ class Problem:
     residual_nbytes: int | None = None
     """Residuals of one step; None: they cannot be laid out as bytes (no `record`)."""
 
+    residual_head_nbytes: int = 0
+    """Bytes that a block of residuals takes beyond those of its steps."""
+
     tape_nbytes: int = 0
     """For jobs that cannot record but can reverse several steps in one go: memory one further taped step takes."""
 
@@ -112,8 +117,15 @@ class Problem:
     pins_initial: bool = False
     """With storage, state 0 keeps a slot to itself throughout, if there are `LEAST_TO_PIN` of them."""
 
+    initial_is_free: bool = False
+    """The job can restore state 0 by itself, without a slot."""
+
     device: Device | None = None
     """Where the steps run, if that is not where items are kept; `memory_nbytes` is then the host's, pinned."""
+
+    def block_nbytes(self, window: int) -> int:
+        """Bytes of the residuals of so many steps."""
+        return self.residual_head_nbytes + window * (self.residual_nbytes or 0)
 
 
 BLOCKS_AHEAD = 2

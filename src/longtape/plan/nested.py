@@ -120,5 +120,5 @@ def longest_block(problem: Problem) -> int:
     if device is None or not problem.residual_nbytes:
         return horizon(problem)
     # One more state lets a window be reversed that is not recorded, or was lost.
-    room = max(0, device.memory_nbytes - problem.state_nbytes)
+    room = max(0, device.memory_nbytes - problem.state_nbytes - device.staging * problem.residual_head_nbytes)
     return max(1, room // max(1, device.staging * problem.residual_nbytes))

@@ -58,13 +58,13 @@ class Footprint:
     """Snapshots on a device by which a window is reversed there (s₁); 0: its steps are taped in one go."""
 
     def nbytes(self, problem: Problem) -> int:
-        """Bytes of the budget: s·state + blocks·h·residuals, or + (h-1)·tape where there are no blocks.
+        """Bytes of the budget: s·state + blocks·(h·residuals + head), or + (h-1)·tape where there are no blocks.
 
         The tape of a single step is the step's own working set and is not counted.  With a
         device, windows are taped there.
         """
         if self.blocks:
-            tapes = self.blocks * self.window * (problem.residual_nbytes or 0)
+            tapes = self.blocks * problem.block_nbytes(self.window)
         else:
             tapes = 0 if problem.device else (self.window - 1) * problem.tape_nbytes
         return self.slots * problem.state_nbytes + tapes
@@ -78,7 +78,7 @@ class Footprint:
         device = problem.device
         if device is None:
             return 0
-        block = self.window * (problem.residual_nbytes or 0) if self.blocks else 0
+        block = problem.block_nbytes(self.window) if self.blocks else 0
         staged = device.staging * max(problem.state_nbytes, block)
         if self.inner:
             return staged + self.inner * problem.state_nbytes
@@ -574,7 +574,7 @@ def tally(
 
     Each transfer to or from storage adds what it costs compute.
     """
-    state, block = problem.state_nbytes, footprint.window * (problem.residual_nbytes or 0)
+    state, block = problem.state_nbytes, problem.block_nbytes(footprint.window)
     seconds += (snapshots_written + snapshots_read) * (costs.handling_seconds(state) + costs.save)
     seconds += (blocks_written + blocks_read) * costs.handling_seconds(block)
     written = snapshots_written * state + blocks_written * block

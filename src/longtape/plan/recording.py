@@ -27,7 +27,7 @@ def safety_windows(problem: Problem, window: int) -> int:
 
     Never closer than 32, nor so close that snapshots are more than 1/32 of the bytes.
     """
-    block = max(1, window * (problem.residual_nbytes or 0))
+    block = max(1, problem.block_nbytes(window))
     return max(_SAFETY_WINDOWS, ceil(_SAFETY_WINDOWS * problem.state_nbytes / block))
 
 
@@ -73,7 +73,7 @@ class Recording:
     @property
     def block_nbytes(self) -> int:
         """Bytes of the residuals of a full window."""
-        return self.footprint.window * (self.problem.residual_nbytes or 0)
+        return self.problem.block_nbytes(self.footprint.window)
 
     @property
     def depth(self) -> int:

@@ -215,10 +215,10 @@ class Stock:
         shelf.put(key.step, Status.READING)
         self.reads.append(key)
 
-    def end_write(self, key: Key, *, ok: bool, seconds: float | None = None) -> bool:
-        """A write ended; tells whether the item's slot became free by it."""
+    def end_write(self, key: Key, *, ok: bool, seconds: float | None = None, at: float | None = None) -> bool:
+        """A write ended, now or `at` a time before; tells whether the item's slot became free by it."""
         self.writes.remove(key)
-        self._writing_since = self.clock()
+        self._writing_since = self.clock() if at is None else at
         shelf = self.shelf(key.kind)
         if ok and seconds is not None:
             _note(self.write if key.kind is Kind.SNAPSHOT else self.block_write, seconds)

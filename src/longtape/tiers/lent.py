@@ -69,7 +69,11 @@ class LentTier:
 
     def close(self) -> None:
         """Give the room of every item back, and leave the tier open; idempotent."""
-        while self._keys:
-            with contextlib.suppress(OSError, StateError):  # broken, or closed by its owner already
-                self.inner.release(self._keys.pop())
+        with contextlib.suppress(KeyError):  # two threads may come here: each key is one's
+            while True:
+                self._release_left(self._keys.pop())
         self._is_back.set()
+
+    def _release_left(self, key: Key) -> None:
+        with contextlib.suppress(OSError, StateError, KeyError):  # broken, or closed by its owner already
+            self.inner.release(key)

@@ -1,4 +1,4 @@
-"""Autocast around steps: the state at the call, whenever a step runs, and no cast that outlives it.
+"""Around steps: autocast and PyTorch's defaults as at the call, whenever a step runs, and no cast that outlives it.
 
 Autocast keeps the casts of weights until its block ends, in one table for the whole process.  A cast
 that a step has made without gradients would stand for the weight from then on, in the reverse
@@ -14,9 +14,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from longtape.torch.defaults import Defaults
+
 
 class Ambient:
-    """The autocast state at the time of the call, to be the same whenever a step runs again.
+    """Autocast and PyTorch's defaults at the time of the call, to be the same whenever a step runs again.
 
     Args:
         devices: Types of the devices that steps may run on.
@@ -27,6 +29,7 @@ class Ambient:
             (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
             for device in sorted(set(devices))
         ]
+        self.defaults = Defaults()
         self.is_trivial = not any(enabled for _, _, enabled in self._settings)
 
     def __str__(self) -> str:
@@ -34,7 +37,7 @@ class Ambient:
 
     def __call__(self) -> ExitStack:
         """Enter it around a step, or around a sweep whose graphs hold the casts."""
-        stack = ExitStack()
+        stack = self.defaults.restored()
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         if not self.is_trivial or self._is_on():

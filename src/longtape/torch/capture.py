@@ -78,6 +78,12 @@ class Call(threading.local):
         """Forget the answer of the call before."""
         self.saving, self.leaves, self.graph = saving, (carry, x), None
 
+    def forget(self) -> None:
+        """Hold no tensor: some are views of slots."""
+        self.leaves, self.graph = ((), ()), None
+        self.inputs = self.outputs = ()
+        self.residuals = []
+
 
 class CapturedStep:
     """The graphs of a step, kept between runs.
@@ -171,6 +177,10 @@ class CapturedStep:
         """The graph that answered this thread's last call."""
         assert self._call.graph is not None
         return self._call.graph
+
+    def forget(self) -> None:
+        """Hold nothing of the last call."""
+        self._call.forget()
 
     def run(self, step: Callable[..., Any], carry: Leaves, x: Leaves, *, saving: bool) -> Call:
         """Run one step under its guards; the answer stands until this thread's next call.

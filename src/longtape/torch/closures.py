@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtape.errors import StepError
 from longtape.torch.generators import Generators, refusal
+from longtape.torch.standins import on_stand_ins
 from longtape.torch.structure import Leaves
 
 RUNS_EXAMINED = 2
@@ -63,6 +65,8 @@ class Closures(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.generators = Generators()
+        self.takes_functions = False
+        """Whether the step used an operator that takes functions, whose gradients need TorchDynamo."""
         self.strict = True
         """Raise where the step breaks the rules; otherwise only note it in `broken`."""
         self.broken: StepError | None = None
@@ -122,6 +126,9 @@ class Closures(TorchDispatchMode):
                 depends = depends or tensor.requires_grad or memory in self._dependent
         self._check_writes(func, args, kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
+            self.takes_functions = True
+            if func.name() == "cond":
+                self._watch_branches(*args)
             args = pytree.tree_map_only(callable, self._watched, args)
         result = func(*args, **kwargs) if kwargs else func(*args)
         for tensor in tensors_in((result,)):
@@ -140,6 +147,12 @@ class Closures(TorchDispatchMode):
                 return branch(*args, **kwargs)
 
         return watched
+
+    def _watch_branches(self, _: Any, if_true: Any, if_false: Any, operands: Any) -> None:
+        """Meet what both branches close over: autograd gives a gradient, of zeros, to the one that is not taken."""
+        for branch in (if_true, if_false):
+            with suppress(Exception), on_stand_ins(), self:
+                branch(*operands)
 
     # Reading -----------------------------------------------------------------------------------
 

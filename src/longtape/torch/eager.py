@@ -11,7 +11,7 @@ before is an error, never a lost gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from longtape.errors import StepError
 from longtape.torch.autocast import Ambient
 from longtape.torch.closures import Closures, Created
 from longtape.torch.compiling import uncompiled
+from longtape.torch.contract import another_structure, is_dense, no_array, not_a_pair
 from longtape.torch.inputs import Inputs
 from longtape.torch.structure import Leaves, Structure, flatten
 from longtape.torch.transforms import without_hooks
@@ -88,7 +89,7 @@ class EagerStep:
         versions = _versions(carry), _versions(x)
         result = self._step(self._carry.build(carry), self._inputs.structure.build(x))
         if not isinstance(result, tuple) or len(result) != 2:
-            raise StepError(f"step {index} must return (carry, y), not {type(result).__name__}")
+            raise StepError(not_a_pair(index, result))
         carry_out = self._check_carry(index, result[0], carry)
         y_out = self._check_y(index, result[1])
         if _versions(x) != versions[1]:
@@ -99,16 +100,21 @@ class EagerStep:
     def _check_carry(self, index: int, tree: Any, carry: Leaves) -> Leaves:
         leaves, structure = flatten(tree)
         if structure != self._carry:
-            raise StepError(
-                f"step {index} returned a carry of another structure: {structure.spec} instead of {self._carry.spec}"
-            )
+            raise StepError(another_structure(index, tree, self._carry))
         for position, (leaf, before) in enumerate(zip(leaves, carry, strict=True)):
             if not isinstance(leaf, torch.Tensor):
                 raise StepError(f"step {index} returned a {type(leaf).__name__} as carry leaf {position}, not a tensor")
+            if wrong := no_array(leaf):
+                raise StepError(f"step {index} returned as carry leaf {position} {wrong}")
             if leaf.shape != before.shape or leaf.dtype != before.dtype or leaf.device != before.device:
                 raise StepError(
                     f"step {index} changed carry leaf {position} from {before.dtype}{list(before.shape)} on "
                     f"{before.device} to {leaf.dtype}{list(leaf.shape)} on {leaf.device}; a carry keeps its type"
+                    + (
+                        f": where autocast changes it, return leaf.to({before.dtype})"
+                        if leaf.dtype != before.dtype
+                        else ""
+                    )
                 )
         return leaves
 
@@ -116,7 +122,11 @@ class EagerStep:
         leaves, structure = flatten(tree)
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor):
-                raise StepError(f"step {index} returned a {type(leaf).__name__} in y, not a tensor")
+                raise StepError(
+                    f"step {index} returned a {type(leaf).__name__} in y, not a tensor; use torch.as_tensor"
+                )
+            if not is_dense(leaf):
+                raise StepError(f"step {index} returned in y {no_array(leaf)}")
         like = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if self._y_like is None:
             self.y, self._y_like = structure, like
@@ -193,6 +203,7 @@ class EagerStep:
         made: dict[int, torch.Tensor] = {}
         with torch.enable_grad(), ExitStack() as stack:
             stack.enter_context(self._ambient())
+            stack.enter_context(self._as_watched())
             carry_in = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
             x_in = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
             if self.closures is not None and (self.closures.some_died or self.closures.generators.used):
@@ -229,6 +240,10 @@ class EagerStep:
             else:
                 pending.extend(child for child in node.next_functions if child[0] is not None)
 
+    def _as_watched(self) -> AbstractContextManager[None]:
+        """Run compiled functions uncompiled, as in the forward sweep, so that they give the same bits."""
+        return nullcontext() if self.closures is None or self.closures.takes_functions else uncompiled()
+
     def pull_back(self, tape: Tape, carry_bar: Cotangents, y_bar: Cotangents) -> tuple[Cotangents, Cotangents]:
         """Cotangents of the carry and x that one step was given; those of closed-over tensors accumulate."""
         outputs, seeds = [], []
@@ -241,8 +256,8 @@ class EagerStep:
         if not outputs or not targets:
             found: Iterator[torch.Tensor | None] = iter([None] * len(targets))
         else:
-            with without_hooks(self._closed):
-                found = iter(torch.autograd.grad(outputs, targets, seeds, allow_unused=True))
+            with without_hooks(self._closed), self._as_watched():  # a checkpoint inside the step runs it once more
+                found = iter(_gradients(tape.step, outputs, targets, seeds))
         bars = [next(found) if leaf.requires_grad else None for leaf in tape.carry_in + tape.x_in]
         for tensor, gradient in zip(self._closed, found, strict=True):
             if gradient is not None:
@@ -264,6 +279,18 @@ class EagerStep:
     def gradients(self) -> Cotangents:
         """What `pull_back` has accumulated, in the order of the closed-over tensors."""
         return [self._gradients.get(id(tensor)) for tensor in self._closed]
+
+
+def _gradients(index: int, outputs: Leaves, targets: Leaves, seeds: Leaves) -> tuple[torch.Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(outputs, targets, seeds, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise StepError(
+            f"step {index} calls torch.utils.checkpoint with use_reentrant=True, which works under .backward() only, "
+            "while a scan asks autograd for the gradients of one step at a time; pass use_reentrant=False"
+        ) from error
 
 
 class _StandIns(TorchFunctionMode):

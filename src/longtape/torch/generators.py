@@ -6,6 +6,8 @@ again.  It is known by having drawn nothing since it was seeded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -21,7 +23,7 @@ class Generators:
         """Another run begins."""
         self._met.clear()
 
-    def is_repeatable(self, generator: torch.Generator) -> bool:
+    def is_repeatable(self, generator: Any) -> bool:
         """Whether a draw from it, now, would give the same numbers when the step is run again."""
         identity = generator._cdata
         if identity not in self._met:

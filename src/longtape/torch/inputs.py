@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from longtape.errors import UsageError
+from longtape.torch.contract import is_dense, no_array
 from longtape.torch.structure import Leaves, Structure, flatten
 
 
@@ -103,16 +104,34 @@ def as_inputs(xs: Any, length: int | None) -> tuple[Inputs, int]:
     Raises:
         UsageError: No length can be told, or the two disagree.
     """
-    inputs = _understand(xs)
-    if inputs.length is None and length is None:
-        raise UsageError("give xs, or length= when xs is None or empty")
     if length is not None:
         length = _as_integer(length)
+    inputs = _understand(xs)
+    if isinstance(xs, list) and inputs.stacked and inputs.length != length:
+        raise UsageError(_ambiguous(xs, inputs.length))
+    if inputs.length is None and length is None:
+        raise UsageError("give xs, or length= when xs is None or empty")
     if inputs.length is not None and length is not None and inputs.length != length:
         raise UsageError(f"length={length}, but xs has {inputs.length} steps")
     steps = inputs.length if inputs.length is not None else length
     assert steps is not None
     return inputs, steps
+
+
+def check_init(position: int, leaf: Any) -> None:
+    """Raise unless this can be a leaf of the carry."""
+    if not isinstance(leaf, torch.Tensor):
+        raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+    if wrong := no_array(leaf):
+        raise UsageError(f"init leaf {position} is {wrong}")
+
+
+def _ambiguous(xs: list[Any], steps: int | None) -> str:
+    return (
+        f"xs is a list of {len(xs)}: {len(xs)} steps, or as in JAX a pytree of tensors with {steps} steps? "
+        "For one item a step pass torch.stack(xs), or an object with len() and indexing; "
+        f"for a pytree pass a tuple, or add length={steps}"
+    )
 
 
 def _as_integer(length: Any) -> int:
@@ -126,6 +145,12 @@ def _understand(xs: Any) -> Inputs:
     if xs is None:
         return NoInputs()
     leaves, _ = flatten(xs)
+    odd = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not is_dense(leaf)), None)
+    if odd is not None:
+        raise UsageError(
+            f"xs holds a tensor of layout {odd.layout}; stacked xs are dense, one row a step: use xs.to_dense(), or "
+            "close over it and pass what selects its part"
+        )
     if all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         return StackedInputs(xs)
     if len(leaves) == 1 and leaves[0] is xs and hasattr(xs, "__len__") and hasattr(xs, "__getitem__"):

@@ -552,7 +552,8 @@ class ScanJob:
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            saved.update(held_by(tensor))
+            if not tensor._is_zerotensor():  # which forward mode, inside a step, makes without memory
+                saved.update(held_by(tensor))
             return tensor
 
         try:

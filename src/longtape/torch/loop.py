@@ -18,13 +18,13 @@ from longtape.protocols import Observer, Tier
 from longtape.report import Report
 from longtape.sizes import whole_number
 from longtape.torch.autocast import Ambient
-from longtape.torch.inputs import NoInputs
+from longtape.torch.inputs import NoInputs, check_init
 from longtape.torch.scan import CAPTURED_FROM, Call, Where
 from longtape.torch.structure import Leaves, Structure, flatten, paths
-from longtape.torch.transforms import refuse_transforms, uncompiled
+from longtape.torch.transforms import graph_break, refuse_transforms
 
 
-@uncompiled
+@graph_break
 def while_loop(
     cond: Callable[[Any], Any],
     step: Callable[[Any], Any],
@@ -79,7 +79,7 @@ def while_loop(
         The final carry; `init` as it is where `cond` does not hold for it.
 
     Raises:
-        UsageError: An argument that cannot be honoured.
+        UsageError: An argument that cannot be honoured, or a transformation that would lose gradients.
         BudgetError: `memory` is less than one carry; or so much memory cannot be had of the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
         StepError: The step breaks its contract, or `cond` does.
@@ -89,8 +89,7 @@ def while_loop(
     refuse_transforms("while_loop")
     leaves, carry = flatten(init)
     for position, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
+        check_init(position, leaf)
     if max_steps is not None:
         most = whole_number(max_steps)
         if most is None or most < 0:

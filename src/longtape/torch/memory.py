@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -14,10 +15,10 @@ _COMPRESSED = (*_COMPRESSED_ROWS, torch.sparse_csc, torch.sparse_bsc)
 
 def arrays_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The dense tensors that hold a tensor's data; itself, where it is dense."""
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        for name in names:
-            yield from arrays_of(getattr(tensor, name))
+    parts: Any = tensor
+    if is_traceable_wrapper_subclass(parts):
+        for name in parts.__tensor_flatten__()[0]:
+            yield from arrays_of(getattr(parts, name))
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in _COMPRESSED:

@@ -52,10 +52,12 @@ def trace(function: Callable[..., Any], inputs: Sequence[torch.Tensor], signatur
         CaptureFailed: something in the graph cannot be split or replayed faithfully.
         Exception: whatever the tracer raises.
     """
+    from torch._functorch import config
     from torch._functorch.aot_autograd import aot_export_joint_simple
 
     wanted = any(signature.differentiable)
-    joint: Any = aot_export_joint_simple(lambda *args: function(*args), tuple(inputs), trace_joint=wanted)
+    with config.patch(backward_pass_autocast="off"):  # as outside of the block, where backward belongs
+        joint: Any = aot_export_joint_simple(lambda *args: function(*args), tuple(inputs), trace_joint=wanted)
     graph: fx.Graph = joint.graph
     bind_constants(joint)
     refuse_what_cannot_be_replayed(graph)

@@ -40,14 +40,15 @@ from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import RANDOM, WAY, DurableScan, fingerprint, reached
 from longtape.torch.eager import Cotangents, EagerStep, differentiable
+from longtape.torch.empty import scan_nothing
 from longtape.torch.graphs import CaptureFailed
-from longtape.torch.inputs import Inputs, as_inputs
+from longtape.torch.inputs import Inputs, as_inputs, check_init
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob
 from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
 from longtape.torch.structure import Leaves, Structure, flatten, paths
-from longtape.torch.transforms import hidden_from_hooks, refuse_batched, refuse_transforms, uncompiled
+from longtape.torch.transforms import graph_break, hidden_from_hooks, refuse_batched, refuse_transforms
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -60,7 +61,7 @@ MOST_RESTARTS = 10
 """How often a forward sweep may begin anew because a step showed something new."""
 
 
-@uncompiled
+@graph_break
 def scan(
     step: Step,
     init: Any,
@@ -89,12 +90,21 @@ def scan(
 
     The contract is that of ``jax.lax.scan``.  Gradients reach `init`, stacked `xs` and every
     tensor the step closes over, which are found without being listed.  Where no gradient
-    is wanted this is a plain loop, and nothing is stored.  First derivatives only.
+    is wanted this is a plain loop, and nothing is stored.
+
+    First derivatives only, by `backward` or `torch.autograd.grad`.  Inside `torch.func` transformations,
+    forward-mode AD or `vmap` it raises; inside the step they work.  `torch.compile` breaks its graph here.
+    Under `torch.utils.checkpoint` gradients are right, but with ``use_reentrant=False`` what is
+    stored for them stays stored meanwhile, and `resume` is refused.
 
     Args:
         step: Takes and returns pytrees of tensors.  It may be run more than once on the
             same arguments, so it must depend on nothing else that changes; random numbers
-            of PyTorch's default generators and autocast are replayed.  It may update its
+            of PyTorch's default generators and autocast are replayed, as are those of a
+            generator that the step itself makes or seeds.  Functions that it compiles run
+            uncompiled, unless the step is captured.  Under autocast each step casts its
+            weights anew, and their gradients are summed in the weights' dtype; where casts
+            are costly, close over weights cast before the scan.  It may update its
             carry in place, but neither its x nor what it closes over (such as running
             statistics), and must keep nothing that it computes but in the carry.  Before the
             sweep step 0 is run a few times to time it, six at most; once each way where that takes
@@ -103,8 +113,8 @@ def scan(
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
             as needed and never held whole;
-            or None, with `length`.
-        length: The number of steps, where `xs` does not tell it.
+            or None, with `length`.  A list of tensors is ambiguous, and refused unless `length` is given.
+        length: The number of steps, where `xs` does not tell it.  With none the carry is returned as it is.
         memory: Most bytes held for snapshots, residuals and staging together, such as
             ``"64MiB"``.  The step's own working set is not counted, nor are `xs`, the stacked
             ys and the gradients returned.  For a carry on a CUDA device this is memory of the device.
@@ -150,7 +160,8 @@ def scan(
         The final carry, and the ys stacked along a new first dimension.
 
     Raises:
-        UsageError: An argument that cannot be honoured, or a step that breaks the contract.
+        UsageError: An argument that cannot be honoured, a transformation that would lose gradients, or a
+            step that breaks the contract.
         BudgetError: `memory` is less than one carry, or with `resume` two; or so much memory cannot be had of
             the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
@@ -166,10 +177,9 @@ def scan(
     inputs, steps = as_inputs(xs, length)
     init_leaves, carry = flatten(init)
     for position, leaf in enumerate(init_leaves):
-        if not isinstance(leaf, torch.Tensor):
-            raise UsageError(f"init leaf {position} is a {type(leaf).__name__}; a carry is a pytree of tensors")
-    if steps < 1:
-        raise UsageError(f"a scan needs at least one step, not {steps}")
+        check_init(position, leaf)
+    if steps < 0:
+        raise UsageError(f"length={steps}: a scan cannot have fewer than no steps")
     if verify:
         refuse_lossy_verification(compress)
     settings = Settings(
@@ -183,6 +193,8 @@ def scan(
         independent=independent,
     )
     where = Where.of(init_leaves, memory, host_memory, pipes=disk is not None or tier is not None)
+    if steps == 0:
+        return scan_nothing(step, init, inputs)
     call = Call(step, init_leaves, carry, inputs, steps, settings, Hooks(on_plan, on_report), where)
     call.names = paths(init, "carry") if verify else None
     call.use_graphs(capture, compiles=compile, pays=steps >= CAPTURED_FROM)
@@ -510,7 +522,7 @@ class Call:
             self.durable.seconds,
         )
 
-    @uncompiled
+    @graph_break
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
         refuse_batched([*carry_bar, *ys_bar])
@@ -541,7 +553,7 @@ class Call:
         job = pending.job
         first, second = len(self.init), len(self.init) + len(self.inputs.stacked)
         ambient = self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext()
-        with self._around(job), ambient, closed_if_it_fails(pending.run):
+        with self._around(job), self._ambient.defaults.restored(), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)

@@ -81,7 +81,10 @@ class Tape:
     def running(self) -> Iterator[None]:
         """Hold this around each sweep: calls outside it work, and are slower."""
         with self.captured.settings():
-            yield
+            try:
+                yield
+            finally:
+                self.captured.forget()
 
     def block(self, data: Bytes | torch.Tensor) -> Block:
         """Typed access to a buffer of `CapturedStep.block_nbytes` bytes, its start a multiple of 64.

@@ -35,7 +35,7 @@ def refuse_transforms(what: str) -> None:
     Raises:
         UsageError: Names the transformation, and what to use instead.
     """
-    innermost = peek_interpreter_stack()
+    innermost: Any = peek_interpreter_stack()
     if innermost is not None:
         raise UsageError(_refusal(what, innermost.key()))
     if vars(forward_ad)["_current_level"] >= 0 and torch._C._is_fwd_grad_enabled():
@@ -116,7 +116,7 @@ def without_hooks(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
             tensor.grad = gradient
 
 
-def uncompiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+def graph_break(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Have `torch.compile` leave a function, and all that it calls, as it is: a graph break.
 
     As `torch.compiler.disable`, which imports TorchDynamo, for seconds, whether or not it is used.
