@@ -44,18 +44,23 @@ def of_plan(choice: Choice, costs: Costs, steps: Any) -> str | None:
         return f"that the run has {steps!r:.60} steps"
     least_most = {
         "window": (1, steps), "slots": (1, 1 << 40), "blocks": (0, 1 << 40), "tail": (0, steps), "dense": (0, steps),
-        "device_slots": (0, 0),
+        "device_slots": (0, 0), "safety": (1, _MOST),
     }  # fmt: skip
     for name, (least, most) in least_most.items():
         value = getattr(choice, name)
         if not is_count(value, most=most) or value < least:
             return f"{name}={value!r:.60} of a plan for {steps:,} steps"
-    for name in ("stall_spacing", "longest_piece"):
+    for name in ("stall_spacing", "longest_piece", "staging", "held"):
         value = getattr(choice, name)
         if value is not None and (not is_count(value) or not value):
             return f"{name}={value!r:.60} of a plan for {steps:,} steps"
-    if choice.schedule not in _SCHEDULES or choice.on_device is not False:
-        return f"that the plan is {choice.schedule!r:.60}"
+    if choice.disk_nbytes is not None and not is_count(choice.disk_nbytes):
+        return f"disk_nbytes={choice.disk_nbytes!r:.60}"
+    for name, value in (("records", choice.blocks > 0), ("on_device", False), ("out_seconds", 0), ("in_seconds", 0)):
+        if getattr(choice, name) != value:
+            return f"{name}={getattr(choice, name)!r:.60} of a plan with {choice.blocks:,} blocks"
+    if choice.schedule not in _SCHEDULES or choice.pins_initial not in (True, False):
+        return f"that the plan is {choice.schedule!r:.60}, pins_initial={choice.pins_initial!r:.60}"
     if not is_amount(choice.spacing, most=1 << 40) or not choice.spacing:
         return f"spacing={choice.spacing!r:.60} of a plan for {steps:,} steps"
     if not is_amount(choice.record_fraction, most=1.0) or (choice.record_fraction and not choice.blocks):
@@ -91,6 +96,8 @@ def of_plan_for(choice: Choice, problem: Problem) -> str | None:
         return f"{choice.blocks:,} residual blocks of a job that does not record"
     if not choice.blocks and choice.window > problem.max_window:
         return f"window={choice.window:,} of a job whose adjoint takes {problem.max_window:,} steps at once"
+    if choice.initial_is_free is not problem.initial_is_free:
+        return f"initial_is_free={choice.initial_is_free!r:.60} of another kind of job"
     return None
 
 
