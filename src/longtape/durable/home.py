@@ -18,6 +18,7 @@ import fcntl
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,9 @@ from longtape.tiers.openfile import OpenFile
 
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
+_THIS, _ANOTHER = "this process", "another process"
+_PATIENCE_SECONDS = 1.0
+"""For a run of this process to give up its lock."""
 _SECTOR = 512
 """Of a disk: the power may go when only some of those of a write are there."""
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -284,6 +288,7 @@ class Home:
 
     def _open_locked(self) -> OpenFile:
         """The journal, made if it is missing, locked for this process alone."""
+        until = time.monotonic() + _PATIENCE_SECONDS
         while True:
             file = owned.open_owned(self.journal_path, makes=True)
             fd = file.fileno()
@@ -294,6 +299,9 @@ class Home:
             except BlockingIOError:
                 holder = _holder(fd)
                 file.close()
+                if holder in (_THIS, _ANOTHER) and time.monotonic() < until:
+                    time.sleep(0.01)  # a run that was dropped gives up its lock once its point has ended
+                    continue
                 raise ResumeError(
                     f"the run {self.name!r} in {self.directory} is going on in another sweep ({holder}); wait for "
                     "it, or give this one another name"
@@ -322,8 +330,8 @@ def _holder(fd: int) -> str:
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             fields = line.split()
             if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
-                return "this process" if int(fields[4]) == os.getpid() else f"process {fields[4]}"
-    return "another process"
+                return _THIS if int(fields[4]) == os.getpid() else f"process {fields[4]}"
+    return _ANOTHER
 
 
 def begins_as_journal(fd: int) -> bool:

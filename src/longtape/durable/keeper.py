@@ -158,7 +158,7 @@ class Keeper:
         self._begin_header: dict[str, Any] | None = None
         """What the journal has yet to begin with."""
         self._point = Point()
-        self._lost = False
+        self._lost = self._is_busy = False
         self.snapshots: set[int] = set()
         self.residuals: set[int] = set()
         try:
@@ -213,7 +213,7 @@ class Keeper:
         self._journal = self._home.journal(self._run_id)
         return NamedDiskTier(self._home.data_path, run_id=self._run_id, is_new=True, limit=limit)
 
-    def _unreadable(self, error: StorageError) -> StorageError:
+    def _unreadable(self, error: OSError) -> StorageError:
         """Which says nothing of what is there: another call may go on with it."""
         return StorageError(
             error.errno,
@@ -392,9 +392,9 @@ class Keeper:
         """Fill a slot with a stored state; False where it is lost.  Raises `StorageError` where none answers."""
         try:
             self._aside_wait(lambda: self.tier.read(key, slot.data))
-        except OSError:
-            if self._stuck is not None:
-                raise  # the slot may still be filled
+        except OSError as error:
+            if self._stuck is not None:  # the slot may still be filled
+                raise self._unreadable(error) from error
             return False
         return True
 
@@ -706,8 +706,8 @@ class Keeper:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandoned = True
-        is_busy = attempt is not None or (self._stuck is not None and not self._stuck.is_set())
-        self._aside.close(0.0 if is_busy else self._stuck_seconds)
+        self._is_busy |= attempt is not None or (self._stuck is not None and not self._stuck.is_set())
+        self._aside.close(0.0 if self._is_busy else self._stuck_seconds)
 
     def finish(self) -> None:
         """The run has ended well: remove its files.  Before the tier is closed, which gives back their room."""
@@ -724,7 +724,7 @@ class Keeper:
     def close(self) -> None:
         """The run is given up: leave its files, to be gone on with, if there is anything to go on from."""
         self.stop()
-        if self._begin_header is not None:
+        if self._begin_header is not None and not self._is_busy:
             self._home.remove(self._data)
         self._home.close()
 
