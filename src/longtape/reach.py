@@ -66,6 +66,8 @@ class Place:
                 raise LookupError(self.path) from None
         if isinstance(self.owner, dict):
             return self.owner[self.key]
+        if isinstance(self.owner, type):  # not what its descriptors give
+            return vars(self.owner)[self.key]
         try:
             return getattr(self.owner, self.key)
         except AttributeError:

@@ -7,7 +7,8 @@ one go, or as captured graphs (`CapturedSteps`), with residuals recorded as byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -26,6 +27,7 @@ from longtape.torch.eager import Cotangents, EagerStep, Tape, differentiable, on
 from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.places import Form, HostPlace, Place
+from longtape.torch.replayed import LastResults
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
 from longtape.torch.windows import TrialWindows
@@ -149,6 +151,7 @@ class ScanJob:
         """Room for the residuals of a window, where captured steps are reversed at once."""
         self._spare_nbytes = 0
         self.tape_nbytes = 0
+        self._last: LastResults | None = None
         self.load_initial()
 
     # State -----------------------------------------------------------------------------------
@@ -204,10 +207,20 @@ class ScanJob:
 
     def _put(self, index: int, y: Leaves) -> None:
         """A step has run: the working carry is state `index` + 1."""
+        self._check_last(index, self.carry, y)
         if index >= self._reached:
             if y:
                 self.outputs.put(index, y)
             self._reached = index + 1
+
+    def remember_last(self) -> None:
+        """The forward sweep has ended, and the last step is to give the same when it is run again."""
+        last = self._reached - 1
+        self._last = LastResults(last, self.carry, [stack[last] for stack in self.outputs.leaves or []])
+
+    def _check_last(self, index: int, carry: Leaves, y: Leaves) -> None:
+        if self._last is not None and index == self._last.step:
+            self._last.check(carry, y)
 
     def _check_randomness(self) -> None:
         # Between the sweeps the caller may draw as well; and what the forward sweep did not draw, the other does not.
@@ -300,6 +313,7 @@ class ScanJob:
         try:
             for index in range(start, stop):
                 carry, tape = self._tape(index, carry)
+                self._check_last(index, carry, tape.y_out)
                 tapes.append(tape)
         except Exception as error:
             _name_step(error, index)
@@ -414,8 +428,6 @@ class ScanJob:
         def busy() -> None:
             forward()
 
-        if isinstance(self.stepper, EagerStep):
-            self._check_repeatable(self.stepper)
         seconds = _typical(forward)
         if isinstance(self.stepper, CapturedSteps):
             costs = self._time_recording(self.stepper, seconds)
@@ -423,31 +435,6 @@ class ScanJob:
             costs = JobCosts(forward=seconds, reverse=self._time_taping(self.stepper))
         self.load_initial()
         return replace(costs, busy=busy, restore=self.load_initial, sample=self._sample)
-
-    def _check_repeatable(self, step: EagerStep) -> None:
-        """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
-
-        Rounding may differ, as it does in parallel sums.
-
-        Raises:
-            StepError: The results differ.
-        """
-
-        def results() -> Leaves:
-            self.load_initial()
-            carry, y = step.advance(0, self.carry, self.inputs.leaves(0))
-            return [leaf.clone() for leaf in [*carry, *y]]
-
-        first = results()
-        if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
-            first = results()
-        for a, b in zip(first, results(), strict=True):
-            if not _same_bits(a, b) and not _agree(a, b):
-                raise StepError(
-                    "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
-                    "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
-                    "depends on something that changes from call to call; pass such things in xs or in the carry"
-                )
 
     def _sample(self) -> tuple[Kind, Bytes]:
         """An item of the job's own data: the residuals of some first steps, or a state a few steps on."""
@@ -633,6 +620,16 @@ def _as_bytes(leaf: torch.Tensor) -> Bytes:
 def _name_step(error: Exception, index: int) -> None:
     if not isinstance(error, CaptureFailed | RoomExceeded):
         error.add_note(f"longtape: in step {index} of the scan")
+
+
+@contextlib.contextmanager
+def named(index: int) -> Iterator[None]:
+    """Names the step that an exception comes from."""
+    try:
+        yield
+    except Exception as error:
+        _name_step(error, index)
+        raise
 
 
 def _typical(timed: Callable[[], float]) -> float:

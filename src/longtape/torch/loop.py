@@ -101,7 +101,7 @@ def while_loop(
     )
     where = Where.of(leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report), where)
-    call.title, call.ends = "while_loop", ends
+    call.title, call.ends, call.roots = "while_loop", ends, [step, cond]
     call.names = paths(init, "carry") if verify else None
     call.use_graphs(capture, compiles=compile, pays=max_steps is None or max_steps >= CAPTURED_FROM)
     return call.run()[0]
@@ -120,8 +120,17 @@ class _Ends:
 
     def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None) -> None:
         self._cond, self._carry, self._max_steps = cond, carry, max_steps
+        self._at_first: bool | None = None
 
     def __call__(self, step: int, carry: Leaves) -> bool:
+        if step > 0 or self._at_first is None:
+            ended = self._asked(step, carry)
+            if step > 0:
+                return ended
+            self._at_first = ended
+        return self._at_first
+
+    def _asked(self, step: int, carry: Leaves) -> bool:
         if self._max_steps is not None and step >= self._max_steps:
             return True
         with torch.no_grad():

@@ -30,20 +30,23 @@ from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, f
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Device, Observer, Tier
+from longtape.reach import Place
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import DurableScan, bytes_of
-from longtape.torch.eager import Ambient, Cotangents, EagerStep, differentiable
+from longtape.torch.eager import Ambient, Cotangents, EagerStep, GradientWanted, differentiable
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
-from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement
+from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement, named
+from longtape.torch.leavings import changes_what_it_reaches, examine, left_behind
 from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
-from longtape.torch.structure import Leaves, Structure, flatten, paths
+from longtape.torch.structure import Leaves, Structure, flatten, paths, unique
+from longtape.torch.surroundings import ReadTensors, Surroundings
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -269,6 +272,8 @@ class Call:
         self._ambient = Ambient(leaf.device.type for leaf in [*init, *inputs.stacked] or [torch.empty(0)])
         self._randomness = Randomness(leaf.device for leaf in [*init, *inputs.stacked])
         self._notes: list[str] = []
+        self.roots: Sequence[Any] = [step]
+        self._results_kept: list[tuple[Place, int]] | None = None
         self.closed: Leaves = []
         self.pending: _Pending | None = None
 
@@ -287,6 +292,7 @@ class Call:
         self.exactly, self.compiles = not asked, compiles
 
     def run(self) -> tuple[Any, Any]:
+        self._before = Surroundings(self.roots if torch.is_grad_enabled() else ())
         if not self._wants_gradient():
             job = self._new_job()
             if self._finds_none(job):
@@ -300,6 +306,7 @@ class Call:
         job.outputs.leaves = None  # they are the caller's, to keep or to drop
         outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
+        self._give_back(outputs)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
     def _new_job(self, *, capture: bool = False) -> ScanJob:
@@ -327,33 +334,25 @@ class Call:
         return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*self.init, *self.inputs.stacked])
 
     def _finds_none(self, job: ScanJob) -> bool:
-        """Run the plain loop, unless it meets a tensor that requires a gradient."""
+        """Run the plain loop, unless it meets a tensor that requires a gradient; the sweeps then begin as it did."""
         assert isinstance(job.stepper, EagerStep)
-        if not torch.is_grad_enabled():
-            job.stepper.closures = None
-            self._run_plainly(job, 0)
-            return True
-        watched = job.stepper.closures
-        assert watched is not None
-        watched.strict = False
-        for start in (0, 1):
-            if start == 0:
-                job.run_plainly(0, 1)
-            else:
-                self._run_plainly(job, 1)
-            if watched.tensors():
-                # Whatever was changed in place, the sweeps would now begin with it.
-                if watched.broken is not None:
-                    raise watched.broken
-                self._randomness.note()
-                return False
+        job.stepper.closures = None
+        try:
+            self._run_plainly(job)
+        except GradientWanted:
+            self._randomness.note()
+            self._before.put_back()
+            if written := self._before.written():
+                raise changes_what_it_reaches("a step", [f"the tensor {path} in place" for path in written]) from None
+            return False
         return True
 
-    def _run_plainly(self, job: ScanJob, start: int) -> None:
-        """Run all steps from one on, to the end wherever that is."""
+    def _run_plainly(self, job: ScanJob) -> None:
+        """Run all steps, to the end wherever that is."""
         if self.steps is not None:
-            job.run_plainly(start, self.steps)
+            job.run_plainly(0, self.steps)
             return
+        start = 0
         while job.run_plainly(start, start + _MANY_STEPS) == start + _MANY_STEPS:
             start += _MANY_STEPS
 
@@ -406,6 +405,7 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
+            settled = self._examine(job)
             costs = job.measure()
             self._check_capture(job)
             self._randomness.note()
@@ -444,7 +444,59 @@ class Call:
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
+                self._hold(job, settled)
         return pending
+
+    # What steps reach ----------------------------------------------------------------------------
+
+    def _examine(self, job: ScanJob) -> Surroundings:
+        """See what step 0 keeps and changes; returns what it reaches from then on."""
+        step = job.stepper
+        if not isinstance(step, EagerStep) or self._results_kept is not None:
+            return self._before
+        start = self._randomness.state()
+
+        def fresh() -> Leaves:
+            job.load_initial()
+            self._randomness.set(start)
+            return job.carry
+
+        with named(0):
+            self._results_kept, after = examine(
+                step, fresh, self.inputs.leaves(0), self._before, lambda: Surroundings(self.roots)
+            )
+        self._randomness.note()
+        return after
+
+    def _hold(self, job: ScanJob, settled: Surroundings) -> None:
+        """The forward sweep has run: keep hold of what its steps reached, read and gave at last."""
+        self._held = Surroundings(self.roots)
+        changed = settled.differences(self._held, besides=lambda: Surroundings([self.inputs.reader]).keys())
+        if changed:
+            raise changes_what_it_reaches("a step", changed)
+        closed = [*job.stepper.closed_over(), *job.stepper.outside()]
+        self._read = ReadTensors(
+            [
+                *((f"leaf {k} of init", leaf) for k, leaf in enumerate(self.init)),
+                *((f"leaf {k} of xs", leaf) for k, leaf in enumerate(self.inputs.stacked)),
+                *((self._held.path_of(t) or f"a tensor of shape {list(t.shape)}", t) for t in unique(closed)),
+            ]
+        )
+        job.remember_last()
+
+    def _give_back(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Where the last step has left one of its results, leave the one that has a gradient."""
+        for place, position in self._results_kept or ():
+            result = outputs[position] if position < len(self.init) else outputs[position][-1]
+            left = place.read()
+            if not isinstance(left, torch.Tensor) or not torch.equal(left, result):
+                raise left_behind("the last step", result, place.path)
+            place.write(result)
+
+    def check_unchanged(self) -> None:
+        """Refuse to go back through steps whose tensors and arrays were changed since."""
+        self._read.check()
+        self._held.check_arrays()
 
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
@@ -481,6 +533,13 @@ class Call:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
         after = self._randomness.state()
         try:
+            with self._held.restored():
+                return self._reverse_twice(carry_bar, ys_bar, wants)
+        finally:
+            self._randomness.set(after)
+
+    def _reverse_twice(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
+        try:
             return self._reverse(carry_bar, ys_bar, wants)
         except (CaptureFailed, RoomExceeded) as error:
             # What was pulled back so far is dropped with its job, and the sweeps are run again.
@@ -491,8 +550,6 @@ class Call:
                 home.clear()
                 home.close()
             return self._reverse(carry_bar, ys_bar, wants)
-        finally:
-            self._randomness.set(after)
 
     def _reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         if self.pending is None:
@@ -505,6 +562,10 @@ class Call:
         with self._around(job), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
+        expected = {id(place.owner) for place, _ in self._results_kept or ()}
+        for place in Surroundings(self.roots).differentiable_since(self._held):
+            if id(place.owner) not in expected:
+                raise left_behind("a step", place.value, place.path)
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
         if self._hooks.on_report is not None:
             self._hooks.on_report(pending.run)
@@ -536,8 +597,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
-        given = ctx.saved_tensors[: len(wants)]
         call: Call = ctx.call
+        call.check_unchanged()
+        given = ctx.saved_tensors[: len(wants)]
         count = len(call.init)
         with torch.no_grad():
             found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
