@@ -63,16 +63,8 @@ class _Trial:
 
     def depends(self, tensor: torch.Tensor) -> bool:
         """Whether it was computed from the carry or x."""
-        own, seen, pending = {id(leaf) for leaf in self.own}, set[Any](), [tensor.grad_fn]
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if id(getattr(node, "variable", None)) in own:
-                return True
-            pending.extend(child for child, _ in node.next_functions)
-        return False
+        own = {id(leaf) for leaf in self.own}
+        return any(id(getattr(node, "variable", None)) in own for node in _graph([tensor]))
 
 
 def examine(
@@ -143,7 +135,9 @@ def _sequence_number(tensor: torch.Tensor) -> int:
 def _sort(trial: _Trial, after: Surroundings) -> tuple[list[tuple[Place, int]], Leaves]:
     """Places that hold results, and tensors that are kept and depend on parameters alone; others are refused."""
     places, cached = [], []
-    for tensor in trial.kept:
+    held = [tensor for tensor in trial.kept if id(tensor) in after.tensors]
+    saved = _graph(held)  # of what has a holder, the graph keeps some
+    for tensor in held + [tensor for tensor in trial.kept if tensor.grad_fn not in saved]:
         holders = after.bindings_of(tensor)
         if id(tensor) in trial.returned and holders:
             places += [(place, trial.returned[id(tensor)]) for place in holders]
@@ -152,6 +146,17 @@ def _sort(trial: _Trial, after: Surroundings) -> tuple[list[tuple[Place, int]], 
         else:
             cached.append(tensor)
     return places, cached
+
+
+def _graph(tensors: Leaves) -> set[Any]:
+    """The nodes that lead to these tensors."""
+    seen, pending = set[Any](), [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending.extend(child for child, _ in node.next_functions)
+    return seen
 
 
 def left_behind(which: str, tensor: torch.Tensor, path: str | None) -> StepError:

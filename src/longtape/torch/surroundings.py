@@ -44,6 +44,8 @@ class Surroundings:
         self._roots = tuple(roots)
         found = list(places(*self._roots))
         self._bound = {(id(place.owner), place.key): place for place in found if place.owner is not None}
+        self._owners = {id(place.owner) for place in found} | {id(place.value) for place in found}
+        self._owners |= {id(vars(place.value)) for place in found if hasattr(place.value, "__dict__")}
         self._contents = {
             id(place.value): (place, _items(place.value)) for place in found if isinstance(place.value, _CONTAINERS)
         }
@@ -93,7 +95,7 @@ class Surroundings:
             before = self._bound.get(key)
             if place.kind == "plain" and not isinstance(place.value, _CONTAINERS):
                 if before is None:
-                    if any(id(place.owner) == owner for owner, _ in self._bound):
+                    if id(place.owner) in self._owners:
                         found[key] = f"{place.path}, which was not there before"
                 elif before.kind == "plain" and text_of(before.value) != text_of(place.value):
                     found[key] = f"{place.path} from {_short(before.value)} to {_short(place.value)}"
@@ -143,9 +145,8 @@ class Surroundings:
         Raises:
             UsageError: A binding cannot be put back; names it.
         """
-        owners = {owner for owner, _ in self._bound}
-        added = [p for key, p in Surroundings(self._roots)._bound.items() if key not in self._bound]
-        added = [place for place in added if id(place.owner) in owners]
+        later = Surroundings(self._roots)._bound
+        added = [p for key, p in later.items() if key not in self._bound and id(p.owner) in self._owners]
         now = [(place, _now(place)) for place in [*self._bound.values(), *added]]
         held = [(place.value, _items(place.value)) for place, _ in self._contents.values()]
         try:
