@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import inspect
 import pathlib
 import sys
 import sysconfig
@@ -243,19 +242,18 @@ class _Walk:
                 self._add(f"{path} → {base.__name__}", base)
 
     def _object(self, path: str, value: Any) -> None:
+        kind, attributes = type(value), getattr(value, "__dict__", None)
         for name in ("__wrapped__", "py_func"):  # compiled by JAX, Numba and others
-            inner = inspect.getattr_static(type(value), name, None) or getattr(value, "__dict__", {}).get(name)
-            if inner is not None:
+            if name in (attributes or ()) or any(name in vars(base) for base in kind.__mro__):
                 self._add(f"{path} → function", getattr(value, name, None))
-        kind = type(value)
-        if not _is_library_class(kind):
+        is_library = _is_library_class(kind)
+        if not is_library:
             self._add(f"class {kind.__qualname__}", kind)
-        attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             for name in ("_parameters", "_buffers", "_modules"):  # of a PyTorch module
                 for key, part in list(attributes.get(name, {}).items()):
                     self._add(f"{path}.{key}", part, attributes[name], key)
-            if _is_library_class(kind):
+            if is_library:
                 for name in [name for name in attributes if not name.startswith("_")]:
                     self._add(f"{path}.{name}", attributes[name], attributes, name)
             else:
