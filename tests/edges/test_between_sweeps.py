@@ -382,3 +382,26 @@ def test_a_hook_on_the_carry_sees_the_plain_loops_gradient_or_is_refused(place, 
         return
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_nothing_is_held_once_the_graph_was_released():
+    """A training loop that keeps its results where the step's code can see them holds one graph at a time."""
+    import gc
+    import weakref
+
+    class Model:
+        def __init__(self):
+            self.state, self.gain = None, 1.0
+
+        def step(self, h, _):
+            return torch.sin(h * self.gain) if self.state is None else torch.cos(h * self.gain), None
+
+    model, seen = Model(), []
+    for _ in range(3):
+        h, _ = scanned(model.step, start())
+        h.sum().backward()
+        model.state = h
+        seen.append(weakref.ref(h))
+        del h
+    gc.collect()
+    assert [ref() is None for ref in seen] == [True, True, False]

@@ -163,8 +163,9 @@ def left_behind(which: str, tensor: torch.Tensor, path: str | None) -> StepError
     """Of a tensor that a step computes and keeps."""
     where = "somewhere that is not reached from its code, such as in a hook or a library" if path is None else path
     return StepError(
-        f"{which} leaves a tensor of shape {list(tensor.shape)} behind in {where}. It would have no gradient: the "
-        "steps are run without gradients first and again for their adjoints. Return it as y, put it in the carry, or detach it"
+        f"{which} leaves a tensor of shape {list(tensor.shape)} behind in {where}. It would have no gradient: "
+        "steps are run without gradients first, and again for their adjoints. Return it as y, put it in the carry, or "
+        "detach it"
     )
 
 

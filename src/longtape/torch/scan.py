@@ -274,6 +274,11 @@ class Call:
         self._notes: list[str] = []
         self.roots: Sequence[Any] = [step]
         self._results_kept: list[tuple[Place, int]] | None = None
+        self._before: Surroundings
+        """What the steps reach before the forward sweep."""
+        self._held: Surroundings | None = None
+        """What they reached when it ended; None once autograd's graph was released."""
+        self._read: ReadTensors | None = None
         self.closed: Leaves = []
         self.pending: _Pending | None = None
 
@@ -405,7 +410,7 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
-            settled = self._examine(job)
+            self._examine(job)
             costs = job.measure()
             self._check_capture(job)
             self._randomness.note()
@@ -444,16 +449,16 @@ class Call:
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
-                self._hold(job, settled)
+                self._hold(job)
         return pending
 
     # What steps reach ----------------------------------------------------------------------------
 
-    def _examine(self, job: ScanJob) -> Surroundings:
-        """See what step 0 keeps and changes; returns what it reaches from then on."""
+    def _examine(self, job: ScanJob) -> None:
+        """See what step 0 keeps and changes."""
         step = job.stepper
         if not isinstance(step, EagerStep) or self._results_kept is not None:
-            return self._before
+            return
         start = self._randomness.state()
 
         def fresh() -> Leaves:
@@ -462,16 +467,15 @@ class Call:
             return job.carry
 
         with named(0):
-            self._results_kept, after = examine(
+            self._results_kept, self._before = examine(
                 step, fresh, self.inputs.leaves(0), self._before, lambda: Surroundings(self.roots)
             )
         self._randomness.note()
-        return after
 
-    def _hold(self, job: ScanJob, settled: Surroundings) -> None:
+    def _hold(self, job: ScanJob) -> None:
         """The forward sweep has run: keep hold of what its steps reached, read and gave at last."""
-        self._held = Surroundings(self.roots)
-        changed = settled.differences(self._held, besides=lambda: Surroundings([self.inputs.reader]).keys())
+        held = Surroundings(self.roots)
+        changed = self._before.differences(held, besides=lambda: Surroundings([self.inputs.reader]).keys())
         if changed:
             raise changes_what_it_reaches("a step", changed)
         closed = [*job.stepper.closed_over(), *job.stepper.outside()]
@@ -479,9 +483,10 @@ class Call:
             [
                 *((f"leaf {k} of init", leaf) for k, leaf in enumerate(self.init)),
                 *((f"leaf {k} of xs", leaf) for k, leaf in enumerate(self.inputs.stacked)),
-                *((self._held.path_of(t) or f"a tensor of shape {list(t.shape)}", t) for t in unique(closed)),
+                *((held.path_of(t) or f"a tensor of shape {list(t.shape)}", t) for t in unique(closed)),
             ]
         )
+        self._before = self._held = held
         job.remember_last()
 
     def _give_back(self, outputs: Sequence[torch.Tensor]) -> None:
@@ -495,8 +500,13 @@ class Call:
 
     def check_unchanged(self) -> None:
         """Refuse to go back through steps whose tensors and arrays were changed since."""
-        self._read.check()
-        self._held.check_arrays()
+        if self._read is not None and self._held is not None:
+            self._read.check()
+            self._held.check_arrays()
+
+    def let_go(self) -> None:
+        """Autograd has released its graph: there is no other way back."""
+        self._before, self._held, self._read = Surroundings(()), None, None
 
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
@@ -531,14 +541,20 @@ class Call:
 
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
+        assert self._held is not None
         after = self._randomness.state()
         try:
             with self._held.restored():
-                return self._reverse_twice(carry_bar, ys_bar, wants)
+                run, found = self._reverse_twice(carry_bar, ys_bar, wants)
         finally:
             self._randomness.set(after)
+        if self._hooks.on_report is not None:
+            self._hooks.on_report(run)
+        return found
 
-    def _reverse_twice(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
+    def _reverse_twice(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> tuple[Run, list[torch.Tensor | None]]:
         try:
             return self._reverse(carry_bar, ys_bar, wants)
         except (CaptureFailed, RoomExceeded) as error:
@@ -551,7 +567,9 @@ class Call:
                 home.close()
             return self._reverse(carry_bar, ys_bar, wants)
 
-    def _reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
+    def _reverse(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> tuple[Run, list[torch.Tensor | None]]:
         if self.pending is None:
             # Autograd goes through this graph once more: what was stored is gone, state 0 is not.
             self.pending = self._forward()
@@ -562,14 +580,18 @@ class Call:
         with self._around(job), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
-        expected = {id(place.owner) for place, _ in self._results_kept or ()}
-        for place in Surroundings(self.roots).differentiable_since(self._held):
-            if id(place.owner) not in expected:
-                raise left_behind("a step", place.value, place.path)
+        if isinstance(job.stepper, EagerStep):
+            self._check_nothing_left()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
-        if self._hooks.on_report is not None:
-            self._hooks.on_report(pending.run)
-        return [*init_bar, *xs_bar, *closed_bar]
+        return pending.run, [*init_bar, *xs_bar, *closed_bar]
+
+    def _check_nothing_left(self) -> None:
+        """Steps ran with gradients: what they have kept shows."""
+        assert self._held is not None
+        expected = {(id(place.owner), place.key) for place, _ in self._results_kept or ()}
+        for place in Surroundings(self.roots).differentiable_since(self._held):
+            if (id(place.owner), place.key) not in expected:
+                raise left_behind("a step", place.value, place.path)
 
 
 class _Pending:
@@ -578,6 +600,11 @@ class _Pending:
     def __init__(self, run: Run, job: ScanJob) -> None:
         self.run, self.job = run, job
         weakref.finalize(self, run.close)
+
+
+def _let_go(call: weakref.ref[Call]) -> None:
+    if (known := call()) is not None:
+        known.let_go()
 
 
 class _Scan(torch.autograd.Function):
@@ -589,7 +616,9 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*given, *outside)  # so that autograd notices if one of them is modified meanwhile
+        token = torch.empty(0)  # which lives as long as autograd's graph can be gone through
+        weakref.finalize(token, _let_go, weakref.ref(call))
+        ctx.save_for_backward(*given, *outside, token)  # so that they live, and autograd notices what is written to
         outputs = tuple(leaf.detach() for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs

@@ -92,16 +92,16 @@ class Surroundings:
         """
         found: dict[Any, str] = {}
         for key, place in later._bound.items():
-            before = self._bound.get(key)
-            if place.kind == "plain" and not isinstance(place.value, _CONTAINERS):
-                if before is None:
-                    if id(place.owner) in self._owners:
-                        found[key] = f"{place.path}, which was not there before"
-                elif before.kind == "plain" and text_of(before.value) != text_of(place.value):
-                    found[key] = f"{place.path} from {_short(before.value)} to {_short(place.value)}"
-            elif tensors and isinstance(place.value, torch.Tensor) and id(place.value) not in self.tensors:
-                if before is None or digest(before.value) != digest(place.value):
-                    found[key] = f"the tensor {place.path}"
+            before, value = self._bound.get(key), place.value
+            if place.kind == "plain" and not isinstance(value, _CONTAINERS):
+                if before is not None and text_of(before.value) != text_of(value):
+                    found[key] = f"{place.path} from {_short(before.value)} to {_short(value)}"
+                elif before is None and id(place.owner) in self._owners:
+                    found[key] = f"{place.path}, which was not there before"
+            elif not tensors or not isinstance(value, torch.Tensor) or id(value) in self.tensors:
+                continue
+            elif before is None or digest(before.value) != digest(value):
+                found[key] = f"the tensor {place.path}"
         for identity, (place, items) in later._contents.items():
             if identity in self._contents and (what := _difference(self._contents[identity][1], items)):
                 found[identity, None] = f"{place.path}, {what}"
@@ -112,7 +112,8 @@ class Surroundings:
         for path, state in later._generators.items():
             if self._generators.get(path, state) != state:
                 found[path] = f"the state of {path}"
-        return [what for key, what in found.items() if key not in besides()] if found else []
+        harmless = besides() if found else ()
+        return [what for key, what in found.items() if key not in harmless]
 
     def written(self) -> list[str]:
         """Tensors that were changed in place since."""
