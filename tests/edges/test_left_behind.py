@@ -64,7 +64,7 @@ KEEPS = {
     "view": (lambda m, w, h: setattr(m, "aux", w[1:]), "step.aux"),
     "alias of the carry": (lambda m, w, h: setattr(m, "aux", h), "step.aux"),
     "global": (lambda m, w, h: LOG.append(w.sum()), r"global 'LOG'\[0\]"),
-    "parameters alone": (lambda m, w, h: setattr(m, "aux", m.gate.weight.square().sum()), "step.aux"),
+    "parameters alone": (lambda m, w, h: m.losses.append(m.gate.weight.square().sum()), "step.losses"),
 }
 
 
@@ -74,7 +74,7 @@ KEEPS = {
 def test_a_loss_that_is_left_behind_is_refused_by_its_path(keep, wants, capture):
     LOG.clear()
     act, path = KEEPS[keep]
-    with pytest.raises(StepError, match=f"behind in {path}"):
+    with pytest.raises(StepError, match=f"(behind in|changes) {path}"):
         scanned(Experts(act), start(wants), capture=capture)
 
 
@@ -173,6 +173,28 @@ def test_a_weight_that_is_made_at_the_first_call_has_its_gradient(wants, capture
         cell, h0 = Lazy(), start(wants)
         h, _ = run(cell, h0)
         return torch.autograd.grad(h.sum(), [cell.p, *([h0] if wants else [])])
+
+    same(make, capture)
+
+
+@captures
+def test_a_loss_of_parameters_alone_has_its_gradient(capture):
+    def make(run):
+        cell, h0 = Experts(lambda m, w, h: setattr(m, "aux", m.gate.weight.square().sum())), start()
+        h, _ = run(cell, h0)
+        return torch.autograd.grad(h.sum() + cell.aux, [h0, cell.gate.weight])
+
+    same(make, capture)
+
+
+@captures
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weights_that_are_set_anew_at_each_call_have_their_gradient(capture):
+    def make(run):
+        torch.manual_seed(0)
+        layer, h0 = nn.utils.weight_norm(nn.Linear(4, 4, dtype=torch.float64)), start()
+        h, _ = run(lambda h, _: (torch.tanh(layer(h)), None), h0)
+        return torch.autograd.grad(h.sum() + layer.weight.sum(), [h0, *layer.parameters()])
 
     same(make, capture)
 

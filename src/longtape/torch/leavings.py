@@ -4,8 +4,9 @@ The sweeps run steps without gradients, or record them later.  A tensor that a s
 keeps would therefore have no gradient, or one that nobody asks for.  Step 0 is first run with
 gradients, and its results are dropped: what it made and still lives is what it keeps.
 
-A step may keep what it computed from its parameters alone, once (a cached weight): later runs
-then close over it.  Anything else it changes shows when step 0 is run once more.
+A step may keep its results, and what it computed from parameters alone, which is the same at each
+run: such as a weight that is cached, or made from others.  Anything else it changes shows when
+step 0 is run once more.
 """
 
 from __future__ import annotations
@@ -49,6 +50,10 @@ class Made(TorchFunctionMode):
         return unique([tensor for ref in self._made if (tensor := ref()) is not None])
 
 
+Left = tuple[Place, int | torch.Tensor]
+"""A place where the steps leave a result, by its position among the leaves of the carry and y, or this tensor."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Trial:
     """A run of step 0 with gradients, after its results were dropped."""
@@ -69,7 +74,7 @@ class _Trial:
 
 def examine(
     step: EagerStep, fresh: Callable[[], Leaves], x: Leaves, before: Surroundings, now: Callable[[], Surroundings]
-) -> tuple[list[tuple[Place, int]], Surroundings]:
+) -> tuple[list[Left], Surroundings]:
     """Run step 0 as the plain loop does, and see what it keeps and changes.
 
     Args:
@@ -80,8 +85,7 @@ def examine(
         now: Tells what it reaches after a run.
 
     Returns:
-        Places that hold a result of the step, and its position among the leaves of the carry and y; and what the
-        step reaches from then on.
+        What it leaves, to be given its gradient; and what the step reaches from then on.
 
     Raises:
         StepError: The step keeps what it computed from its carry or x, or changes what it reaches.
@@ -99,7 +103,10 @@ def examine(
     _, made_anew = _sort(second, later)
     for tensor in made_anew:
         if all(tensor is not other for other in cached):
-            raise left_behind("step 0", tensor, later.path_of(tensor))
+            holders = later.bindings_of(tensor)
+            if not holders:
+                raise left_behind("step 0", tensor, later.path_of(tensor))
+            places += [(place, tensor) for place in holders]
     if (leaf := first.results.difference(second.results)) is not None:
         what = f"changes {_listed(changed)}" if changed else "keeps something"
         raise StepError(
@@ -132,9 +139,10 @@ def _sequence_number(tensor: torch.Tensor) -> int:
     return -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
 
-def _sort(trial: _Trial, after: Surroundings) -> tuple[list[tuple[Place, int]], Leaves]:
+def _sort(trial: _Trial, after: Surroundings) -> tuple[list[Left], Leaves]:
     """Places that hold results, and tensors that are kept and depend on parameters alone; others are refused."""
-    places, cached = [], []
+    places: list[Left] = []
+    cached: Leaves = []
     held = [tensor for tensor in trial.kept if id(tensor) in after.tensors]
     saved = _graph(held)  # of what has a holder, the graph keeps some
     for tensor in held + [tensor for tensor in trial.kept if tensor.grad_fn not in saved]:

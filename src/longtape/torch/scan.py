@@ -30,7 +30,6 @@ from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, f
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.protocols import Device, Observer, Tier
-from longtape.reach import Place
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.torch.blocks import RoomExceeded
@@ -41,7 +40,7 @@ from longtape.torch.eager import Ambient, Cotangents, EagerStep, GradientWanted,
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs
 from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, disagreement, named
-from longtape.torch.leavings import changes_what_it_reaches, examine, left_behind
+from longtape.torch.leavings import Left, changes_what_it_reaches, examine, left_behind
 from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
@@ -273,7 +272,7 @@ class Call:
         self._randomness = Randomness(leaf.device for leaf in [*init, *inputs.stacked])
         self._notes: list[str] = []
         self.roots: Sequence[Any] = [step]
-        self._results_kept: list[tuple[Place, int]] | None = None
+        self._left: list[Left] | None = None
         self._before: Surroundings
         """What the steps reach before the forward sweep."""
         self._held: Surroundings | None = None
@@ -457,7 +456,7 @@ class Call:
     def _examine(self, job: ScanJob) -> None:
         """See what step 0 keeps and changes."""
         step = job.stepper
-        if not isinstance(step, EagerStep) or self._results_kept is not None:
+        if not isinstance(step, EagerStep) or self._left is not None:
             return
         start = self._randomness.state()
 
@@ -467,7 +466,7 @@ class Call:
             return job.carry
 
         with named(0):
-            self._results_kept, self._before = examine(
+            self._left, self._before = examine(
                 step, fresh, self.inputs.leaves(0), self._before, lambda: Surroundings(self.roots)
             )
         self._randomness.note()
@@ -490,9 +489,12 @@ class Call:
         job.remember_last()
 
     def _give_back(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Where the last step has left one of its results, leave the one that has a gradient."""
-        for place, position in self._results_kept or ():
-            result = outputs[position] if position < len(self.init) else outputs[position][-1]
+        """Where the last step has left something, leave what is the same and has a gradient."""
+        for place, what in self._left or ():
+            if isinstance(what, torch.Tensor):
+                result = what
+            else:
+                result = outputs[what] if what < len(self.init) else outputs[what][-1]
             left = place.read()
             if not isinstance(left, torch.Tensor) or not torch.equal(left, result):
                 raise left_behind("the last step", result, place.path)
@@ -588,7 +590,7 @@ class Call:
     def _check_nothing_left(self) -> None:
         """Steps ran with gradients: what they have kept shows."""
         assert self._held is not None
-        expected = {(id(place.owner), place.key) for place, _ in self._results_kept or ()}
+        expected = {(id(place.owner), place.key) for place, _ in self._left or ()}
         for place in Surroundings(self.roots).differentiable_since(self._held):
             if (id(place.owner), place.key) not in expected:
                 raise left_behind("a step", place.value, place.path)
