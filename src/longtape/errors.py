@@ -44,7 +44,9 @@ class StepError(UsageError):
 
 
 class ReplayError(StepError):
-    """A state that was computed again, or fetched, is not what it was the first time; found by ``verify=True``.
+    """A state that was computed again, or fetched, is not what it was the first time.
+
+    ``verify=True`` finds it in any step; a scan in PyTorch always looks at its last one.
 
     Args:
         message: What is wrong.

@@ -48,8 +48,8 @@ def while_loop(
 
     Args:
         cond: Takes the carry; returns a bool, or a tensor of one element.  Asked once before every
-            step of the forward sweep, without gradients.  It must not change the carry or draw random
-            numbers.
+            step of the forward sweep, without gradients.  It must not change the carry or anything else, nor
+            draw random numbers.
         step: Takes and returns the carry; under the same rules as in `scan`.
         init: The first carry; a pytree of tensors.  Never modified.
         memory: Most bytes held for snapshots, residuals and staging together; of the device's memory for a
@@ -76,7 +76,7 @@ def while_loop(
         BudgetError: `memory` is less than one carry; or so much memory cannot be had of the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
         StepError: The step breaks its contract, or `cond` does.
-        ReplayError: A step gave something else when it was run again, and `verify` is set.
+        ReplayError: As in `scan`.
         Exception: Whatever `step` or `cond` raises, with a note naming the step.
     """
     leaves, carry = flatten(init)

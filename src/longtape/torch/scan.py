@@ -89,10 +89,12 @@ def scan(
 
     Args:
         step: Takes and returns pytrees of tensors.  It may be run more than once on the
-            same arguments, so it must depend on nothing else that changes; random numbers
-            of PyTorch's default generators and autocast are replayed.  It may update its
-            carry in place, but neither its x nor what it closes over (such as running
-            statistics), and must keep nothing that it computes but in the carry.
+            same arguments, so it must not count, log or change anything else that it reaches;
+            random numbers of PyTorch's default generators and autocast are replayed.  It may
+            update its carry in place, but neither its x nor what it closes over (such as running
+            statistics), and must keep nothing that it computes but in the carry.  What the caller
+            binds anew before backward (flags, attributes, globals, closure variables) does not
+            matter: the steps are run again with what they found the first time.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
@@ -138,15 +140,16 @@ def scan(
         The final carry, and the ys stacked along a new first dimension.
 
     Raises:
-        UsageError: An argument that cannot be honoured, or a step that breaks the contract.
+        UsageError: An argument that cannot be honoured, or a step that breaks the contract; in backward, a
+            tensor or an array that the steps read was changed in place.
         BudgetError: `memory` is less than one carry, or with `resume` two; or so much memory cannot be had of
             the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
         ResumeError: What is in `resume` under this name is of another scan, other parameters or
             inputs included, or another process is working on it.
         StepError: The step changes or keeps what it must not, or returns something else than
-            before.
-        ReplayError: A step gave something else when it was run again, and `verify` is set.
+            before; names the place.
+        ReplayError: The last step gave something else when it was run again; or any step, and `verify` is set.
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
