@@ -7,7 +7,6 @@ Owns the contract with the user and with autograd.  The sweeps are a run
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from longtape.report import Report
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.torch.autocast import Ambient
+from longtape.torch.believed import Believed
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
@@ -44,13 +44,11 @@ from longtape.torch.eager import Cotangents, EagerStep, GradientWanted, differen
 from longtape.torch.empty import scan_nothing
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs, check_init
-from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob, named
-from longtape.torch.leavings import Left, changes_what_it_reaches, examine, left_behind
+from longtape.torch.job import Ends, Randomness, RandomnessAppeared, ScanJob, VerifiedScanJob
 from longtape.torch.linked import Linked
 from longtape.torch.on_device import STATE_ALIGNMENT, OnDevice, aligned
 from longtape.torch.places import HostPlace
-from longtape.torch.structure import Leaves, Structure, flatten, paths, unique
-from longtape.torch.surroundings import ReadTensors, Surroundings
+from longtape.torch.structure import Leaves, Structure, flatten, paths
 from longtape.torch.transforms import graph_break, hidden_from_hooks, refuse_batched, refuse_transforms
 
 Step = Callable[[Any, Any], tuple[Any, Any]]
@@ -300,12 +298,6 @@ class Call:
         self._randomness = Randomness(leaf.device for leaf in [*init, *inputs.stacked])
         self._notes: list[str] = []
         self.roots: Sequence[Any] = [step]
-        self._left: list[Left] | None = None
-        self._before: Surroundings
-        """What the steps reach before the forward sweep."""
-        self._held: Surroundings | None = None
-        """What they reached when it ended; None once autograd's graph was released."""
-        self._read: ReadTensors | None = None
         self.closed: Leaves = []
         self.pending: _Pending | None = None
 
@@ -324,7 +316,7 @@ class Call:
         self.exactly, self.compiles = not asked, compiles
 
     def run(self) -> tuple[Any, Any]:
-        self._before = Surroundings(self.roots if torch.is_grad_enabled() else ())
+        self.believed = Believed(self.roots, self.init, self.inputs)
         if not self._wants_gradient():
             job = self._new_job()
             if self._finds_none(job):
@@ -340,7 +332,7 @@ class Call:
             job.outputs.leaves = None  # they are the caller's, to keep or to drop
             outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
-        self._give_back(outputs)
+        self.believed.give_back(outputs)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
     def _new_job(self, *, capture: bool = False) -> ScanJob:
@@ -386,9 +378,7 @@ class Call:
             self._run_plainly(job)
         except GradientWanted:
             self._randomness.note()
-            self._before.put_back()
-            if written := self._before.written():
-                raise changes_what_it_reaches("a step", [f"the tensor {path} in place" for path in written]) from None
+            self.believed.begin_anew()
             return False
         return True
 
@@ -450,7 +440,7 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
-            self._examine(job)
+            self.believed.examine(job)
             costs = job.measure(once=not self._times_matter(job))
             if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
                 self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
@@ -490,7 +480,7 @@ class Call:
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
-                self._hold(job)
+                self.believed.hold(job)
         return pending
 
     def _times_matter(self, job: ScanJob) -> bool:
@@ -499,65 +489,6 @@ class Call:
         fits = self.steps is not None and self.steps * state <= self._where.memory_nbytes
         has_storage = self._where.has_storage and not (fits and isinstance(job.stepper, EagerStep))
         return has_storage or self.durable is not None or isinstance(job.place, Linked)
-
-    # What steps reach ----------------------------------------------------------------------------
-
-    def _examine(self, job: ScanJob) -> None:
-        """See what step 0 keeps and changes."""
-        step = job.stepper
-        if not isinstance(step, EagerStep) or self._left is not None:
-            return
-        start = self._randomness.state()
-
-        def fresh() -> Leaves:
-            job.load_initial()
-            self._randomness.set(start)
-            return job.carry
-
-        with named(0):
-            self._left, self._before = examine(
-                step, fresh, self.inputs.leaves(0), self._before, lambda: Surroundings(self.roots)
-            )
-        self._randomness.note()
-
-    def _hold(self, job: ScanJob) -> None:
-        """The forward sweep has run: keep hold of what its steps reached, read and gave at last."""
-        held = Surroundings(self.roots)
-        changed = self._before.differences(held, besides=lambda: Surroundings([self.inputs.reader]).keys())
-        if changed:
-            raise changes_what_it_reaches("a step", changed)
-        closed = [*job.stepper.closed_over(), *job.stepper.outside()]
-        self._read = ReadTensors(
-            [
-                *((f"leaf {k} of init", leaf) for k, leaf in enumerate(self.init)),
-                *((f"leaf {k} of xs", leaf) for k, leaf in enumerate(self.inputs.stacked)),
-                *((held.path_of(t) or f"a tensor of shape {list(t.shape)}", t) for t in unique(closed)),
-            ]
-        )
-        self._before = self._held = held
-        job.remember_last()
-
-    def _give_back(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Where the last step has left something, leave what is the same and has a gradient."""
-        for place, what in self._left or ():
-            if isinstance(what, torch.Tensor):
-                result = what
-            else:
-                result = outputs[what] if what < len(self.init) else outputs[what][-1]
-            left = place.read()
-            if not isinstance(left, torch.Tensor) or not torch.equal(left, result):
-                raise left_behind("the last step", result, place.path)
-            place.write(result)
-
-    def check_unchanged(self) -> None:
-        """Refuse to go back through steps whose tensors and arrays were changed since."""
-        if self._read is not None and self._held is not None:
-            self._read.check()
-            self._held.check_arrays()
-
-    def let_go(self) -> None:
-        """Autograd has released its graph: there is no other way back."""
-        self._before, self._held, self._read = Surroundings(()), None, None
 
     def _resumable(self, job: ScanJob, home: Home) -> Resumable:
         job.rehearse()
@@ -584,11 +515,10 @@ class Call:
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
         refuse_batched([*carry_bar, *ys_bar])
-        assert self._held is not None
         after = self._randomness.state()
         try:
             with (
-                self._held.restored(),
+                self.believed.restored(),
                 torch.inference_mode(False),
                 torch.no_grad(),
                 self._ambient.off(),
@@ -630,17 +560,9 @@ class Call:
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
         if isinstance(job.stepper, EagerStep):
-            self._check_nothing_left()
+            self.believed.check_nothing_left()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
         return pending.run, [*init_bar, *xs_bar, *closed_bar]
-
-    def _check_nothing_left(self) -> None:
-        """Steps ran with gradients: what they have kept shows."""
-        assert self._held is not None
-        expected = {(id(place.owner), place.key) for place, _ in self._left or ()}
-        for place in Surroundings(self.roots).differentiable_since(self._held):
-            if (id(place.owner), place.key) not in expected:
-                raise left_behind("a step", place.value, place.path)
 
 
 def _kept(bar: torch.Tensor | None) -> torch.Tensor | None:
@@ -656,11 +578,6 @@ class _Pending:
     job: ScanJob
 
 
-def _let_go(call: weakref.ref[Call]) -> None:
-    if (known := call()) is not None:
-        known.let_go()
-
-
 class _Scan(torch.autograd.Function):
     """Joins a finished forward sweep to autograd's graph."""
 
@@ -671,7 +588,7 @@ class _Scan(torch.autograd.Function):
         ctx.call = call
         ctx.set_materialize_grads(False)
         token = torch.empty(0)  # which lives as long as autograd's graph can be gone through
-        weakref.finalize(token, _let_go, weakref.ref(call))
+        call.believed.hold_while_alive(token)
         # So that they live, and autograd notices what is written to; it does not count changes of inference tensors.
         ctx.save_for_backward(*[tensor for tensor in [*given, *outside] if not tensor.is_inference()], token)
         outputs = tuple(leaf.detach() for leaf in results)
@@ -682,7 +599,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
         call: Call = ctx.call
-        call.check_unchanged()
+        call.believed.check_unchanged()
         sources = ctx.saved_tensors[:-1]
         count = len(call.init)
         found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
