@@ -275,7 +275,7 @@ def _kind_of(value: Any) -> Kind:
         return "plain"
     if isinstance(value, types.CodeType):
         return "code"
-    if not isinstance(value, type) and hasattr(value, "shape") and hasattr(value, "dtype"):
+    if not isinstance(value, type) and hasattr(type(value), "shape") and hasattr(type(value), "dtype"):
         return "array"
     if isinstance(value, (tuple, list, set, frozenset)) and all(_kind_of(item) == "plain" for item in value):
         return "plain"

@@ -64,6 +64,8 @@ class Closures(TorchDispatchMode):
         notes: Note what the step reads.  False where it runs with gradients, and makes tensors that require one.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, *, notes: bool = True) -> None:
         super().__init__()
         self._notes = notes

@@ -158,9 +158,9 @@ class EagerStep:
         return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
 
     def run_with_gradients(
-        self, carry: Leaves, x: Leaves, mode: AbstractContextManager[Any]
+        self, carry: Leaves, x: Leaves, mode: AbstractContextManager[Any] | None
     ) -> tuple[Leaves, Leaves, tuple[Leaves, Leaves]]:
-        """Run step 0 as the plain loop does, inside a mode.
+        """Run step 0 as the plain loop does: watched, inside a mode; without one, as it is.
 
         Returns:
             The leaves that its arguments came from, its arguments, and its results.
@@ -171,7 +171,9 @@ class EagerStep:
             own += [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
             given = [leaf.clone() for leaf in own]
             watched.begin(0, given[: len(carry)], given[len(carry) :])
-            with mode, watched:
+            with ExitStack() as stack:
+                for context in () if mode is None else (uncompiled(), mode, watched):
+                    stack.enter_context(context)
                 results = self._call(0, given[: len(carry)], given[len(carry) :])
         _refuse_hooks(0, given[: len(carry)])
         return own, given, results

@@ -90,13 +90,13 @@ def examine(
     Raises:
         StepError: The step keeps what it computed from its carry or x, or changes what it reaches.
     """
-    first = _run_once(step, fresh(), x)
+    first = _run_once(step, fresh, x)
     after = now()
     changed = before.differences(after, tensors=True)
     places, cached = _sort(first, after)
     if not changed and not cached:
         return places, after
-    second = _run_once(step, fresh(), x)
+    second = _run_once(step, fresh, x)
     later = now()
     if again := after.differences(later, tensors=True):
         raise changes_what_it_reaches("step 0", again)
@@ -116,11 +116,18 @@ def examine(
     return places, later
 
 
-def _run_once(step: EagerStep, carry: Leaves, x: Leaves) -> _Trial:
+def _run_once(step: EagerStep, fresh: Callable[[], Leaves], x: Leaves) -> _Trial:
     made = Made()
     with torch.enable_grad():
         first = _sequence_number(torch.zeros((), requires_grad=True).clone())
-    own, given, (carry_out, y_out) = step.run_with_gradients(carry, x, made)
+    try:
+        own, given, (carry_out, y_out) = step.run_with_gradients(fresh(), x, made)
+    except StepError:
+        raise
+    except Exception:
+        # Operators that take functions need TorchDynamo for their gradients, which refuses to trace what is watched.
+        # Where the step itself fails, it does so again.
+        own, given, (carry_out, y_out) = step.run_with_gradients(fresh(), x, None)
     made.add(given)
     results = LastResults(0, carry_out, y_out)
     positions = [(weakref.ref(leaf), position) for position, leaf in enumerate([*carry_out, *y_out])]
