@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,10 @@ class TestScan:
         assert caught.value.leaf == "carry['n']"
 
     def test_a_counter_in_python_is_found(self) -> None:
-        torch, calls = self.torch, [0]
+        torch, calls = self.torch, itertools.count(1)  # whose state no walk through Python sees
 
         def step(carry: Any, x: Any) -> Any:
-            calls[0] += 1
-            # Step 0 repeats, which is all that a scan tries by itself.
-            return {"h": torch.tanh(carry["h"] + 1e-3 * max(0, calls[0] - 50)), "n": carry["n"]}, None
+            return {"h": torch.tanh(carry["h"] + 1e-3 * max(0, next(calls) - 50)), "n": carry["n"]}, None
 
         with pytest.raises(ReplayError, match=r"carry\['h'\]"):
             self.scan(step, 60, memory=240, capture=False)

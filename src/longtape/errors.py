@@ -46,7 +46,7 @@ class StepError(UsageError):
 class ReplayError(StepError):
     """A state that was computed again, or fetched, is not what it was the first time.
 
-    ``verify=True`` compares all of them; a `Sweep` always compares a few.
+    ``verify=True`` compares all of them; a `Sweep` always compares a few, a scan in PyTorch its last step.
 
     Args:
         message: What is wrong.

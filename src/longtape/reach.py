@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
-import inspect
 import pathlib
 import sys
 import sysconfig
@@ -36,6 +35,9 @@ _ALWAYS_NAMED = frozenset({"__call__", "forward", "training"})
 """What a framework calls or reads without the user's code naming it."""
 
 _NEVER_CALLED = frozenset({"__init__", "__new__", "__repr__", "__str__", "__del__", "__init_subclass__"})
+
+_OPAQUE = ("logging", "threading", "tqdm")
+"""Packages whose objects say what a program does, not what it computes; a logger leads to all others."""
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, slice, range, type(Ellipsis), enum.Enum, np.generic, np.dtype,
@@ -66,6 +68,8 @@ class Place:
                 raise LookupError(self.path) from None
         if isinstance(self.owner, dict):
             return self.owner[self.key]
+        if isinstance(self.owner, type):  # not what its descriptors give
+            return vars(self.owner)[self.key]
         try:
             return getattr(self.owner, self.key)
         except AttributeError:
@@ -247,19 +251,20 @@ class _Walk:
                 self._add(f"{path} → {base.__name__}", base)
 
     def _object(self, path: str, value: Any) -> None:
+        if type(value).__module__.partition(".")[0] in _OPAQUE:
+            return
+        kind, attributes = type(value), getattr(value, "__dict__", None)
         for name in ("__wrapped__", "py_func"):  # compiled by JAX, Numba and others
-            inner = inspect.getattr_static(type(value), name, None) or getattr(value, "__dict__", {}).get(name)
-            if inner is not None:
+            if name in (attributes or ()) or any(name in vars(base) for base in kind.__mro__):
                 self._add(f"{path} → function", getattr(value, name, None))
-        kind = type(value)
-        if not _is_library_class(kind):
+        is_library = _is_library_class(kind)
+        if not is_library:
             self._add(f"class {kind.__qualname__}", kind)
-        attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             for name in ("_parameters", "_buffers", "_modules"):  # of a PyTorch module
                 for key, part in list(attributes.get(name, {}).items()):
                     self._add(f"{path}.{key}", part, attributes[name], key)
-            if _is_library_class(kind):
+            if is_library:
                 for name in [name for name in attributes if not name.startswith("_")]:
                     self._add(f"{path}.{name}", attributes[name], attributes, name)
             else:
@@ -277,7 +282,7 @@ def _kind_of(value: Any) -> Kind:
         return "plain"
     if isinstance(value, types.CodeType):
         return "code"
-    if not isinstance(value, (type, types.ModuleType)) and hasattr(value, "shape") and hasattr(value, "dtype"):
+    if not isinstance(value, type) and hasattr(type(value), "shape") and hasattr(type(value), "dtype"):
         return "array"
     if isinstance(value, (tuple, list, set, frozenset)) and all(_kind_of(item) == "plain" for item in value):
         return "plain"

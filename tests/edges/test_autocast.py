@@ -37,8 +37,8 @@ def eager(step: Any, carry: Any, xs: Tensor, **options: Any) -> tuple[Any, Tenso
 
 
 def captured(step: Any, carry: Any, xs: Tensor, **options: Any) -> tuple[Any, Tensor]:
-    def told(run: Any) -> None:
-        assert not any("could not be captured" in note for note in run.report.notes)
+    def told(report: Any) -> None:
+        assert not any("could not be captured" in note for note in report.notes)
 
     return scan(step, carry, xs, memory="1MiB", capture=True, on_report=told, **options)
 

@@ -64,7 +64,7 @@ def plain(step: Any, carry: Any, xs: Any) -> Any:
 
 
 def notes_of(reports: list[Any]) -> str:
-    return " ".join(note for run in reports for note in run.report.notes)
+    return " ".join(note for report in reports for note in report.notes)
 
 
 def make_step(weight: Any, extra: Any) -> Any:

@@ -117,3 +117,17 @@ def test_a_place_can_be_bound_anew():
     place.write(4.0)
     assert step(1.0) == 4.0 * SCALE
     assert place.read() == 4.0
+
+
+def test_a_logger_leads_nowhere():
+    import logging
+
+    logger = logging.getLogger("a step's")
+
+    def step(x):
+        logger.debug("here")
+        return x
+
+    from longtape.reach import places
+
+    assert not [place.path for place in places(step) if place.path.startswith("closure variable 'logger'.")]

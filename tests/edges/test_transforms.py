@@ -387,8 +387,8 @@ def test_a_step_is_captured_inside_a_compiled_module() -> None:
             def step(carry: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
                 return torch.tanh(self.layer(carry) + x), carry
 
-            def told(run: Any) -> None:
-                notes.append(run.report.notes)
+            def told(report: Any) -> None:
+                notes.append(report.notes)
 
             carry, ys = scan(step, xs.new_zeros(3), xs.sin(), memory="1MiB", capture=True, on_report=told)
             return carry.sum() + ys.sum()

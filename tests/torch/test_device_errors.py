@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,10 @@ def test_a_device_lost_midway(
 
 
 def test_a_step_that_raises_leaves_nothing(scratch: Path) -> None:
-    calls = 0
+    calls = itertools.count()
 
     def step(h: torch.Tensor, _: None) -> tuple[torch.Tensor, None]:
-        nonlocal calls
-        calls += 1
-        if calls > 40:
+        if next(calls) > 40:
             raise ValueError("enough")
         return torch.sin(h), None
 

@@ -454,21 +454,8 @@ def test_state_kept_outside_the_carry_is_refused() -> None:
             self.hidden = self.cell(x, self.hidden)
             return h + self.hidden, None
 
-    with pytest.raises(StepError, match="kept; put it in the carry"):
+    with pytest.raises(StepError, match="hidden.*put it in the carry"):
         scan(Stateful(), leaf(1, 2), leaf(4, 1, 2), **SMALL)
-
-
-def test_what_a_step_keeps_of_its_parameters_is_refused() -> None:
-    weight, kept = leaf(2, 2), {}
-
-    def step(h: Tensor, x: Tensor) -> tuple[Tensor, None]:
-        if "product" not in kept:  # made without gradients in the forward sweep: the weight's would be lost
-            kept["product"] = weight @ weight
-        return torch.tanh(h @ kept["product"] + x), None
-
-    with pytest.raises(StepError, match="compute it before the scan"):
-        scan(step, leaf(2), leaf(4, 2), **SMALL)
-    check(Case(step, leaf(2), leaf(4, 2), None, []))  # it is a tensor from outside by now
 
 
 def test_a_table_that_a_step_makes_once_may_be_kept() -> None:
@@ -516,7 +503,7 @@ def test_changing_what_a_scan_needs_before_backward_is_an_error(which: str, capt
     carry, _ = scan(step, tensors["init"], length=5, memory=10_000, capture=capture)
     with torch.no_grad():
         tensors[which].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(UsageError, match=f"{which}.*changed in place"):
         carry.sum().backward()
     del carry
     gc.collect()
@@ -527,7 +514,7 @@ def test_changing_a_constant_between_two_backward_passes_is_an_error() -> None:
     carry, _ = scan(lambda h, _: (torch.sin(h + constant), None), init, length=5, **SMALL)
     carry.sum().backward(retain_graph=True)
     constant.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(UsageError, match="constant.*changed in place"):
         carry.sum().backward()
 
 
@@ -622,10 +609,13 @@ class Failing:
     """Raises at a step, in the forward sweep or when it is run again."""
 
     def __init__(self, error: BaseException, *, again: bool) -> None:
-        self.error, self.armed, self.again = error, not again, again
+        self.error, self.again = error, again
+        self.armed = threading.Event()  # which a scan does not look into, and so does not set back
+        if not again:
+            self.armed.set()
 
     def __call__(self, h: Tensor, x: Tensor) -> tuple[Tensor, None]:
-        if self.armed and x.item() == 4:
+        if self.armed.is_set() and x.item() == 4:
             raise self.error
         return torch.sin(h), None
 
@@ -638,7 +628,7 @@ def test_what_a_step_raises_comes_through(error: BaseException, again: bool, cap
     step = Failing(error, again=again)
     with pytest.raises(type(error)) as caught:
         carry, _ = scan(step, leaf(20), torch.arange(9), memory=400, disk=scratch, capture=capture)
-        step.armed = True
+        step.armed.set()
         carry.sum().backward()
     assert caught.value is error
     assert threads() == before

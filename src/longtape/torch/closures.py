@@ -58,18 +58,20 @@ class Closures(TorchDispatchMode):
     """Watches the runs of one step; enter it around each, between `begin` and `end`.
 
     Inside it nothing may be compiled, see `compiling`.
+
+
+    Args:
+        notes: Note what the step reads.  False where it runs with gradients, and makes tensors that require one.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, notes: bool = True) -> None:
         super().__init__()
+        self._notes = notes
         self.generators = Generators()
         self.takes_functions = False
         """Whether the step used an operator that takes functions, whose gradients need TorchDynamo."""
-        self.strict = True
-        """Raise where the step breaks the rules; otherwise only note it in `broken`."""
-        self.broken: StepError | None = None
         self.some_died = False
         """Whether the step made tensors of its own that require a gradient."""
         self._found: dict[int, weakref.ref[torch.Tensor]] = {}
@@ -118,7 +120,7 @@ class Closures(TorchDispatchMode):
             made.add(memory_of(args[0]))
         for tensor in given:
             memory = memory_of(tensor)
-            if tensor.requires_grad and id(tensor) not in self._found:
+            if self._notes and tensor.requires_grad and id(tensor) not in self._found:
                 self._note(tensor)
             if memory not in made and memory not in self._outside:
                 self._meet(tensor, memory)
@@ -219,10 +221,7 @@ class Closures(TorchDispatchMode):
             )
 
     def _refuse(self, what: str) -> None:
-        error = StepError(f"step {self._index} {what}")
-        self.broken = self.broken or error
-        if self.strict:
-            raise error
+        raise StepError(f"step {self._index} {what}")
 
     # Afterwards --------------------------------------------------------------------------------
 

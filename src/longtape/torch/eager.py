@@ -52,6 +52,10 @@ class Tape:
     y_out: Leaves
 
 
+class GradientWanted(Exception):
+    """A plain loop met a tensor that requires a gradient."""
+
+
 class EagerStep:
     """One user's step, called on leaves.
 
@@ -73,7 +77,7 @@ class EagerStep:
         """Of what steps return beside the carry; None before the first call."""
         self._y_like: list[tuple[torch.Size, torch.dtype]] | None = None
         self.closures: Closures | None = Closures()
-        """Watches the forward sweep; None to run unwatched, where no gradient is wanted and nothing is run again."""
+        """Watches the forward sweep; None to run as the plain loop does, where no gradient is wanted."""
         self._mutates_carry = False
         self._gradients: dict[int, torch.Tensor] = {}
         self._owned: set[int] = set()
@@ -135,17 +139,44 @@ class EagerStep:
         return leaves
 
     def advance(self, index: int, carry: Leaves, x: Leaves) -> tuple[Leaves, Leaves]:
-        """Run one step without gradients."""
+        """Run one step without gradients.
+
+        Raises:
+            GradientWanted: The step was run as the plain loop runs it, and uses a tensor that requires a gradient.
+        """
         watched = self.closures
         if watched is None:
-            with torch.no_grad():  # and whatever else is around the call, of which this is a part
+            with self._ambient():
                 carry, y = self._call(index, carry, x)
+            if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*carry, *y]):
+                raise GradientWanted
         else:
             watched.begin(index, carry, x)
             with torch.no_grad(), self._ambient(), uncompiled(), watched:
                 carry, y = self._call(index, carry, x)
             watched.end(carry, y)
         return [leaf.detach() for leaf in carry], [leaf.detach() for leaf in y]
+
+    def run_with_gradients(
+        self, carry: Leaves, x: Leaves, mode: AbstractContextManager[Any] | None
+    ) -> tuple[Leaves, Leaves, tuple[Leaves, Leaves]]:
+        """Run step 0 as the plain loop does: watched, inside a mode; without one, as it is.
+
+        Returns:
+            The leaves that its arguments came from, its arguments, and its results.
+        """
+        watched = Closures(notes=False)
+        with torch.enable_grad(), self._ambient():
+            own = [leaf.detach().requires_grad_(differentiable(leaf)) for leaf in carry]
+            own += [leaf.detach().requires_grad_(wants) for leaf, wants in zip(x, self._wants_x, strict=True)]
+            given = [leaf.clone() for leaf in own]
+            watched.begin(0, given[: len(carry)], given[len(carry) :])
+            with ExitStack() as stack:
+                for context in () if mode is None else (uncompiled(), mode, watched):
+                    stack.enter_context(context)
+                results = self._call(0, given[: len(carry)], given[len(carry) :])
+        _refuse_hooks(0, given[: len(carry)])
+        return own, given, results
 
     def rehearse(self, carry: Leaves, xs: list[Leaves]) -> None:
         """Run the first steps, to know what they close over and return."""
@@ -214,6 +245,7 @@ class EagerStep:
             # A leaf that requires a gradient must not be written to; a copy of it may.
             given = [leaf.clone() for leaf in carry_in] if self._mutates_carry else carry_in
             carry_out, y_out = self._call(index, given, x_in)
+            _refuse_hooks(index, given)
             self._check_graph(index, newest, carry_in + x_in, carry_out + y_out, made)
         return [leaf.detach() for leaf in carry_out], Tape(index, carry_in, x_in, carry_out, y_out)
 
@@ -305,6 +337,14 @@ class _StandIns(TorchFunctionMode):
             torch.Tensor, lambda tensor: self._by_identity.get(id(tensor), tensor), (args, kwargs or {})
         )
         return func(*args, **kwargs)
+
+
+def _refuse_hooks(index: int, carry: Leaves) -> None:
+    if any(leaf._backward_hooks or (leaf.retains_grad and not leaf.is_leaf) for leaf in carry):
+        raise StepError(
+            f"step {index} hooks into the gradient of the carry it is given, which lacks there what the step before "
+            "adds to it by its y; register the hook on the new carry, before the step returns it"
+        )
 
 
 def _versions(leaves: Leaves) -> list[int]:

@@ -19,6 +19,9 @@ class Inputs:
     stacked: Leaves
     """Tensors whose first dimension is the step; empty for inputs read lazily."""
 
+    reader: Any = None
+    """Code of the caller's that is run to read x."""
+
     structure: Structure
     """Of the x of one step; for inputs read lazily, of the last one read."""
 
@@ -69,6 +72,7 @@ class LazyInputs(Inputs):
 
     def __init__(self, source: Any) -> None:
         self._source = source
+        self.reader = source.__getitem__
         self.length, self.stacked = len(source), []
         _, self.structure = flatten(None)
 

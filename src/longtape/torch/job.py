@@ -7,7 +7,8 @@ one go, or as captured graphs (`CapturedSteps`), with residuals recorded as byte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,7 +22,6 @@ from longtape.measure import JobCosts
 from longtape.plan.within import within
 from longtape.protocols import Bytes, Floats, Slot
 from longtape.timing import MOST_BUSY_SECONDS, TIMES, count_together, least_seconds, step_seconds
-from longtape.torch.agreement import agree, same_bits
 from longtape.torch.blocks import Block, RoomExceeded, floats_in_block, number_nbytes
 from longtape.torch.captured import CapturedSteps, totals
 from longtape.torch.eager import Cotangents, EagerStep, Tape, ones_like
@@ -29,6 +29,7 @@ from longtape.torch.graphs import CaptureFailed, StepGraph
 from longtape.torch.inputs import Inputs
 from longtape.torch.memory import held_by
 from longtape.torch.places import Form, HostPlace, Place
+from longtape.torch.replayed import LastResults
 from longtape.torch.structure import Leaves
 from longtape.torch.tape import Cotangent
 from longtape.torch.windows import TrialWindows
@@ -155,6 +156,7 @@ class ScanJob:
         """Room for the residuals of a window, where captured steps are reversed at once."""
         self._spare_nbytes = 0
         self.tape_nbytes = 0
+        self._last: LastResults | None = None
         self.load_initial()
 
     # State -----------------------------------------------------------------------------------
@@ -210,10 +212,20 @@ class ScanJob:
 
     def _put(self, index: int, y: Leaves) -> None:
         """A step has run: the working carry is state `index` + 1."""
+        self._check_last(index, self.carry, y)
         if index >= self._reached:
             if y:
                 self.outputs.put(index, y)
             self._reached = index + 1
+
+    def remember_last(self) -> None:
+        """The forward sweep has ended, and the last step is to give the same when it is run again."""
+        last = self._reached - 1
+        self._last = LastResults(last, self.carry, [stack[last] for stack in self.outputs.leaves or []])
+
+    def _check_last(self, index: int, carry: Leaves, y: Leaves) -> None:
+        if self._last is not None and index == self._last.step:
+            self._last.check(carry, y)
 
     def _check_randomness(self) -> None:
         # Between the sweeps the caller may draw as well; and what the forward sweep did not draw, the other does not.
@@ -306,6 +318,7 @@ class ScanJob:
         try:
             for index in range(start, stop):
                 carry, tape = self._tape(index, carry)
+                self._check_last(index, carry, tape.y_out)
                 tapes.append(tape)
         except Exception as error:
             _name_step(error, index)
@@ -414,7 +427,6 @@ class ScanJob:
 
     def _time(self, once: bool) -> JobCosts:
         if isinstance(self.stepper, EagerStep):
-            self._check_repeatable(self.stepper)
             forward, reverse = partial(self._plainly, 1), self._taping(self.stepper)
             seconds, times = step_seconds(forward, 1 if once else EAGER_TIMES)
             costs = JobCosts(forward=seconds, reverse=least_seconds(reverse, times))
@@ -430,31 +442,6 @@ class ScanJob:
         for _ in range(count):
             carry, _ = self.stepper.advance(0, carry, x)
         return self.place.now() - began
-
-    def _check_repeatable(self, step: EagerStep) -> None:
-        """Run step 0 twice: what it draws from NumPy, counts or keeps in Python shows in its results.
-
-        Rounding may differ, as it does in parallel sums.
-
-        Raises:
-            StepError: The results differ.
-        """
-
-        def results() -> Leaves:
-            self.load_initial()
-            carry, y = step.advance(0, self.carry, self.inputs.leaves(0))
-            return [leaf.clone() for leaf in [*carry, *y]]
-
-        first = results()
-        if self.randomness.note():  # drawn from PyTorch's generators, which are set back from now on
-            first = results()
-        for a, b in zip(first, results(), strict=True):
-            if not same_bits(a, b) and not agree(a, b):
-                raise StepError(
-                    "step 0 gives other results when it is run again on the same arguments, so its adjoint would be "
-                    "taken of other steps than those that were run: it draws random numbers that are not PyTorch's, or "
-                    "depends on something that changes from call to call; pass such things in xs or in the carry"
-                )
 
     def _sample(self) -> tuple[Kind, Bytes]:
         """An item of the job's own data: the residuals of some first steps, or a state a few steps on."""
@@ -646,3 +633,13 @@ def _as_bytes(leaf: torch.Tensor) -> Bytes:
 def _name_step(error: Exception, index: int) -> None:
     if not isinstance(error, CaptureFailed | RoomExceeded):
         error.add_note(f"longtape: in step {index} of the scan")
+
+
+@contextlib.contextmanager
+def named(index: int) -> Iterator[None]:
+    """Names the step that an exception comes from."""
+    try:
+        yield
+    except Exception as error:
+        _name_step(error, index)
+        raise

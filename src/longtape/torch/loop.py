@@ -54,8 +54,8 @@ def while_loop(
 
     Args:
         cond: Takes the carry; returns a bool, or a tensor of one element.  Asked once before every
-            step of the forward sweep, without gradients.  It must not change the carry or draw random
-            numbers.
+            step of the forward sweep, without gradients.  It must not change the carry or anything else, nor
+            draw random numbers.
         step: Takes and returns the carry; under the same rules as in `scan`.
         init: The first carry; a pytree of tensors.  Never modified.
         memory: Most bytes held for snapshots, residuals and staging together; of the device's memory for a
@@ -83,7 +83,7 @@ def while_loop(
         BudgetError: `memory` is less than one carry; or so much memory cannot be had of the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
         StepError: The step breaks its contract, or `cond` does.
-        ReplayError: A step gave something else when it was run again, and `verify` is set.
+        ReplayError: As in `scan`.
         Exception: Whatever `step` or `cond` raises, with a note naming the step.
     """
     refuse_transforms("while_loop")
@@ -112,7 +112,7 @@ def while_loop(
     )
     where = Where.of(leaves, memory, host_memory, pipes=disk is not None or tier is not None)
     call = Call(_without_y(step), leaves, carry, NoInputs(), None, settings, Hooks(on_plan, on_report), where)
-    call.title, call.ends = "while_loop", ends
+    call.title, call.ends, call.roots = "while_loop", ends, [step, cond]
     call.names = paths(init, "carry") if verify else None
     call.use_graphs(capture, compiles=compile, pays=max_steps is None or max_steps >= CAPTURED_FROM)
     return call.run()[0]
@@ -132,8 +132,17 @@ class _Ends:
     def __init__(self, cond: Callable[[Any], Any], carry: Structure, max_steps: int | None, ambient: Ambient) -> None:
         self._cond, self._carry, self._max_steps = cond, carry, max_steps
         self._ambient = ambient
+        self._at_first: bool | None = None
 
     def __call__(self, step: int, carry: Leaves) -> bool:
+        if step > 0 or self._at_first is None:
+            ended = self._asked(step, carry)
+            if step > 0:
+                return ended
+            self._at_first = ended
+        return self._at_first
+
+    def _asked(self, step: int, carry: Leaves) -> bool:
         if self._max_steps is not None and step >= self._max_steps:
             return True
         with torch.no_grad(), self._ambient():

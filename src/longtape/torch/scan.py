@@ -35,11 +35,12 @@ from longtape.report import Report
 from longtape.sizes import format_bytes, parse_bytes
 from longtape.tiers.codecs import parse_codec
 from longtape.torch.autocast import Ambient
+from longtape.torch.believed import Believed
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
 from longtape.torch.durable import RANDOM, WAY, DurableScan, fingerprint, reached
-from longtape.torch.eager import Cotangents, EagerStep, differentiable
+from longtape.torch.eager import Cotangents, EagerStep, GradientWanted, differentiable
 from longtape.torch.empty import scan_nothing
 from longtape.torch.graphs import CaptureFailed
 from longtape.torch.inputs import Inputs, as_inputs, check_init
@@ -99,16 +100,18 @@ def scan(
 
     Args:
         step: Takes and returns pytrees of tensors.  It may be run more than once on the
-            same arguments, so it must depend on nothing else that changes; random numbers
-            of PyTorch's default generators and autocast are replayed, as are those of a
-            generator that the step itself makes or seeds.  Functions that it compiles run
-            uncompiled, unless the step is captured.  Under autocast each step casts its
-            weights anew, and their gradients are summed in the weights' dtype; where casts
-            are costly, close over weights cast before the scan.  It may update its
-            carry in place, but neither its x nor what it closes over (such as running
-            statistics), and must keep nothing that it computes but in the carry.  Before the
-            sweep step 0 is run a few times to time it, six at most; once each way where that takes
-            more than a second, or no plan depends on it.
+            same arguments, so it must not count, log or change anything else that it reaches;
+            random numbers of PyTorch's default generators and autocast are replayed, as are
+            those of a generator that the step itself makes or seeds.  Functions that it
+            compiles run uncompiled, unless the step is captured.  Under autocast each step
+            casts its weights anew, and their gradients are summed in the weights' dtype; where
+            casts are costly, close over weights cast before the scan.  It may update its carry
+            in place, but neither its x nor what it closes over (such as running statistics),
+            and must keep nothing that it computes but in the carry.  What the caller binds
+            anew before backward (flags, attributes, globals, closure variables) does not
+            matter: the steps are run again with what they found the first time.  Before the
+            sweep step 0 is run a few times to time it, six at most; once each way where that
+            takes more than a second, or no plan depends on it.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
@@ -161,15 +164,16 @@ def scan(
 
     Raises:
         UsageError: An argument that cannot be honoured, a transformation that would lose gradients, or a
-            step that breaks the contract.
+            step that breaks the contract; in backward, a tensor or an array that the steps read was changed
+            in place.
         BudgetError: `memory` is less than one carry, or with `resume` two; or so much memory cannot be had of
             the device, or pinned.
         DeviceError: The device failed while the sweeps were running.
         ResumeError: What is in `resume` under this name is of another scan, other parameters or
             inputs included, or another process is working on it.
         StepError: The step changes or keeps what it must not, or returns something else than
-            before.
-        ReplayError: A step gave something else when it was run again, and `verify` is set.
+            before; names the place.
+        ReplayError: The last step gave something else when it was run again; or any step, and `verify` is set.
         StateError: At a second derivative.
         Exception: Whatever the step raises, with a note naming the step.
     """
@@ -297,6 +301,7 @@ class Call:
         self._ambient = Ambient(leaf.device.type for leaf in [*init, *inputs.stacked] or [torch.empty(0)])
         self._randomness = Randomness(leaf.device for leaf in [*init, *inputs.stacked])
         self._notes: list[str] = []
+        self.roots: Sequence[Any] = [step]
         self.closed: Leaves = []
         self.pending: _Pending | None = None
         self._reached: dict[str, str] = {}
@@ -319,6 +324,7 @@ class Call:
     def run(self) -> tuple[Any, Any]:
         if self.durable is not None:
             self._reached = reached(self._step)  # before a step is run
+        self.believed = Believed(self.roots, self.init, self.inputs)
         if not self._wants_gradient():
             job = self._new_job()
             if self._finds_none(job):
@@ -334,6 +340,7 @@ class Call:
             job.outputs.leaves = None  # they are the caller's, to keep or to drop
             outputs = _Scan.apply(self, results, job.stepper.outside(), *given)
         count = len(self.init)
+        self.believed.give_back(outputs)
         return self._results(job, list(outputs[:count]), list(outputs[count:]))
 
     def _new_job(self, *, capture: bool = False) -> ScanJob:
@@ -372,33 +379,23 @@ class Call:
         return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*self.init, *self.inputs.stacked])
 
     def _finds_none(self, job: ScanJob) -> bool:
-        """Run the plain loop, unless it meets a tensor that requires a gradient."""
+        """Run the plain loop, unless it meets a tensor that requires a gradient; the sweeps then begin as it did."""
         assert isinstance(job.stepper, EagerStep)
-        if not torch.is_grad_enabled():
-            job.stepper.closures = None
-            self._run_plainly(job, 0)
-            return True
-        watched = job.stepper.closures
-        assert watched is not None
-        watched.strict = False
-        for start in (0, 1):
-            if start == 0:
-                job.run_plainly(0, 1)
-            else:
-                self._run_plainly(job, 1)
-            if watched.tensors():
-                # Whatever was changed in place, the sweeps would now begin with it.
-                if watched.broken is not None:
-                    raise watched.broken
-                self._randomness.note()
-                return False
+        job.stepper.closures = None
+        try:
+            self._run_plainly(job)
+        except GradientWanted:
+            self._randomness.note()
+            self.believed.begin_anew()
+            return False
         return True
 
-    def _run_plainly(self, job: ScanJob, start: int) -> None:
-        """Run all steps from one on, to the end wherever that is."""
+    def _run_plainly(self, job: ScanJob) -> None:
+        """Run all steps, to the end wherever that is."""
         if self.steps is not None:
-            job.run_plainly(start, self.steps)
+            job.run_plainly(0, self.steps)
             return
+        start = 0
         while job.run_plainly(start, start + _MANY_STEPS) == start + _MANY_STEPS:
             start += _MANY_STEPS
 
@@ -452,6 +449,7 @@ class Call:
 
     def _forward_of(self, job: ScanJob, home: Home | None) -> _Pending:
         with self._ambient() if isinstance(job.stepper, CapturedSteps) else nullcontext():
+            self.believed.examine(job)
             costs = job.measure(once=not self._times_matter(job))
             if isinstance(job.stepper, CapturedSteps) and job.stepper.rounding is not None:
                 self._notes.append(f"captured, although {job.stepper.rounding} in the last bits")
@@ -492,6 +490,7 @@ class Call:
                 if self._hooks.on_plan is not None:
                     self._hooks.on_plan(run.choice)
                 run.forward()
+                self.believed.hold(job)
         return pending
 
     def _times_matter(self, job: ScanJob) -> bool:
@@ -526,13 +525,25 @@ class Call:
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
         """Cotangents of init, the stacked xs and the closed-over tensors."""
         refuse_batched([*carry_bar, *ys_bar])
-        with torch.inference_mode(False), torch.no_grad(), self._ambient.off(), hidden_from_hooks():
-            return self._reverse_or_again([*map(_kept, carry_bar)], [*map(_kept, ys_bar)], wants)
-
-    def _reverse_or_again(
-        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
-    ) -> list[torch.Tensor | None]:
         after = self._randomness.state()
+        try:
+            with (
+                self.believed.restored(),
+                torch.inference_mode(False),
+                torch.no_grad(),
+                self._ambient.off(),
+                hidden_from_hooks(),
+            ):
+                run, found = self._reverse_twice([*map(_kept, carry_bar)], [*map(_kept, ys_bar)], wants)
+        finally:
+            self._randomness.set(after)
+        if self._hooks.on_report is not None:
+            self._hooks.on_report(run.report)
+        return found
+
+    def _reverse_twice(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> tuple[Run, list[torch.Tensor | None]]:
         try:
             return self._reverse(carry_bar, ys_bar, wants)
         except (CaptureFailed, RoomExceeded) as error:
@@ -542,10 +553,10 @@ class Call:
             if self.durable is not None and self._run_id is not None:
                 forget(self.durable.directory, self.durable.name, self._run_id)
             return self._reverse(carry_bar, ys_bar, wants)
-        finally:
-            self._randomness.set(after)
 
-    def _reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
+    def _reverse(
+        self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]
+    ) -> tuple[Run, list[torch.Tensor | None]]:
         if self.pending is None:
             # Autograd goes through this graph once more: what was stored is gone, state 0 is not.
             self.pending = self._forward()
@@ -556,10 +567,10 @@ class Call:
         with self._around(job), self._ambient.defaults.restored(), ambient, closed_if_it_fails(pending.run):
             job.begin_reverse(carry_bar, ys_bar, self.closed, wants[first:second])
             pending.run.reverse()
+        if isinstance(job.stepper, EagerStep):
+            self.believed.check_nothing_left()
         init_bar, xs_bar, closed_bar = job.end_reverse(self.closed)
-        if self._hooks.on_report is not None:
-            self._hooks.on_report(pending.run.report)
-        return [*init_bar, *xs_bar, *closed_bar]
+        return pending.run, [*init_bar, *xs_bar, *closed_bar]
 
 
 def _kept(bar: torch.Tensor | None) -> torch.Tensor | None:
@@ -584,8 +595,10 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.call = call
         ctx.set_materialize_grads(False)
-        # So that autograd notices if one of them is modified meanwhile; it does not count changes of inference tensors.
-        ctx.save_for_backward(*[tensor for tensor in [*given, *outside] if not tensor.is_inference()])
+        token = torch.empty(0)  # which lives as long as autograd's graph can be gone through
+        call.believed.hold_while_alive(token)
+        # So that they live, and autograd notices what is written to; it does not count changes of inference tensors.
+        ctx.save_for_backward(*[tensor for tensor in [*given, *outside] if not tensor.is_inference()], token)
         outputs = tuple(leaf.detach() for leaf in results)
         ctx.mark_non_differentiable(*[leaf for leaf in outputs if not differentiable(leaf)])
         return outputs
@@ -593,8 +606,9 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: torch.Tensor | None) -> tuple[Any, ...]:
         wants = list(ctx.needs_input_grad[3:])
-        sources = ctx.saved_tensors
         call: Call = ctx.call
+        call.believed.check_unchanged()
+        sources = ctx.saved_tensors[:-1]
         count = len(call.init)
         found = call.reverse(list(bars[:count]), list(bars[count:]), wants)
         gradients = [bar if wanted else None for bar, wanted in zip(found, wants, strict=True)]

@@ -44,3 +44,8 @@ def flatten(tree: Any) -> tuple[list[Any], Structure]:
     leaves, spec = pytree.tree_flatten(tree)
     present = tuple(leaf is not None for leaf in leaves)
     return [leaf for leaf in leaves if leaf is not None], Structure(spec, present)
+
+
+def unique(leaves: Leaves) -> Leaves:
+    """Each tensor once."""
+    return list({id(leaf): leaf for leaf in leaves}.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -90,14 +90,22 @@ def refuse_batched(cotangents: Iterable[torch.Tensor | None]) -> None:
         )
 
 
-def hidden_from_hooks() -> AbstractContextManager[Any]:
+@contextmanager
+def hidden_from_hooks() -> Iterator[None]:
     """Around sweeps: saved-tensor hooks around the call, such as a checkpoint's, do not see what single steps save.
 
     A checkpoint counts what is saved, and a sweep that is run again saves another number of tensors.
     """
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
-        return nullcontext()  # for torch.func, in a step, refuses any hooks
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    state: Any = torch._C._autograd
+    hidden = []
+    while (hooks := state._top_saved_tensors_default_hooks(True)) is not None:
+        state._pop_saved_tensors_default_hooks()
+        hidden.append(hooks)
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hidden):
+            state._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextmanager
