@@ -21,7 +21,8 @@ from typing import Any
 
 from longtape.accelerator import Accelerator
 from longtape.actions import Action, Kind
-from longtape.durable.keeper import Keeper, Resumable
+from longtape.durable.keeper import Keeper
+from longtape.durable.resumable import Resumable
 from longtape.engine.executor import Executor
 from longtape.engine.mover import Budget, Mover
 from longtape.engine.trace import Trace

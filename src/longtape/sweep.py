@@ -18,7 +18,7 @@ from longtape.actions import Kind
 from longtape.compose import Run, Settings, Traits, refuse_lossy_verification, refuse_resuming
 from longtape.durable.fingerprints import bounded, of_bytes, of_code
 from longtape.durable.home import Home
-from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
+from longtape.durable.resumable import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.engine.trace import Trace
 from longtape.errors import UsageError
 from longtape.measure import JobCosts

@@ -20,7 +20,7 @@ from longtape.devito.fields import Wavefield, Window, check_apart, check_complet
 from longtape.devito.job import OperatorsJob
 from longtape.devito.kernels import Kernel
 from longtape.durable.home import Home
-from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
+from longtape.durable.resumable import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.engine.trace import Trace
 from longtape.errors import ReplayError, UsageError
 from longtape.plan.choose import Choice

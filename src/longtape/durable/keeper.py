@@ -25,79 +25,22 @@ from typing import Any
 from longtape.actions import Key, Kind
 from longtape.durable import points, proof, sense
 from longtape.durable.fingerprints import differences, of_leaves
-from longtape.durable.home import Home, UnreadableJournal
+from longtape.durable.home import UnreadableJournal
 from longtape.durable.parts import label, pack, unpack
 from longtape.durable.points import Begin, OddRecord, Point, Stretch
+from longtape.durable.resumable import Resumable, found_begin, odd
+from longtape.durable.watched import DurableJob
 from longtape.engine.workers import Aside
-from longtape.errors import DamagedBlock, ResumeError, StorageError, UsageError
+from longtape.errors import DamagedBlock, ResumeError, StorageError
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs, Problem
 from longtape.plan.stock import Stock
-from longtape.protocols import Bytes, Durable, Job, Slot, Standing
+from longtape.protocols import Bytes, Job, Slot
 from longtape.tiers import owned
 from longtape.tiers.named import NamedDiskTier
 
-DEFAULT_SECONDS = 60.0
-"""Of work that may be lost."""
-
 LEAST_ITEM_NBYTES = 4096
 """The least that an item takes in the scratch file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Resumable:
-    """What a front end brings for its run to be resumable."""
-
-    home: Home
-    source: Durable
-    fingerprint: dict[str, str]
-    """By a name for people: what must be the same for the run to be gone on with."""
-    reach: Callable[[], dict[str, str]] = dict
-    """The same of what the steps can reach, as it is when this is called."""
-    reached: dict[str, str] = field(default_factory=dict)
-    """What `reach` returned before any step was run."""
-    extra: bytes = b""
-    seconds: float = DEFAULT_SECONDS
-    standing: Standing | None = None
-
-
-def found_begin(home: Home) -> Begin | None:
-    """What the run is that an earlier process began here; None if there is none.
-
-    Raises:
-        ResumeError: It is of another version, or cannot be believed.
-    """
-    if home.first is None:
-        return None
-    try:
-        return points.read_begin(home.first)
-    except OddRecord as error:
-        raise odd(home, error) from None
-
-
-def odd(home: Home, what: object) -> ResumeError:
-    """A journal that says what cannot be."""
-    return ResumeError(
-        f"the journal of the run {home.name!r} in {home.directory} {what}; give this run another name, or remove that "
-        f"one (longtape clean {home.directory})"
-    )
-
-
-def forget(directory: str | os.PathLike[str], name: str, run_id: bytes) -> None:
-    """Remove what is durable of a run of this process that was closed, unless another one has its place now."""
-    home = Home(directory, name)
-    try:
-        if home.first is not None and home.first.run_id == run_id:
-            home.clear()
-    finally:
-        home.close()
-
-
-def check_seconds(seconds: Any) -> float:
-    """The option as a number, of Python or of a framework.  Raises `UsageError`."""
-    if isinstance(seconds, bool | str) or not hasattr(seconds, "__float__") or not float(seconds) > 0:
-        raise UsageError(f"resume_seconds is the work in seconds that may be lost, more than 0; not {seconds!r}")
-    return float(seconds)
 
 
 @dataclass(slots=True, eq=False)
@@ -727,44 +670,3 @@ class Keeper:
         if self._begin_header is not None and not self._is_busy:
             self._home.remove(self._data)
         self._home.close()
-
-
-class DurableJob:
-    """A job whose keeper looks on: long ranges are run in pieces, after each of which a point may be made."""
-
-    def __init__(self, job: Job, keeper: Keeper) -> None:
-        self._job, self._keeper = job, keeper
-        self._turned = False
-        self.save, self.load, self.yield_slot = job.save, job.load, job.yield_slot
-        self.adopt, self.load_initial = job.adopt, job.load_initial
-
-    def advance(self, start: int, stop: int) -> int:
-        keeper = self._keeper
-        while start < stop:
-            piece = keeper.piece(start, stop)
-            began = time.perf_counter()
-            reached = self._job.advance(start, piece)
-            keeper.ran(piece - start, time.perf_counter() - began)
-            if reached != piece:
-                return reached
-            keeper.passed(piece, turned=self._turned)
-            start = piece
-        return stop
-
-    def record(self, start: int, stop: int, slot: Slot) -> int:
-        reached = self._job.record(start, stop, slot)
-        self._keeper.passed(reached, turned=self._turned)
-        return reached
-
-    def reverse(self, start: int, stop: int) -> None:
-        self._job.reverse(start, stop)
-        self._keeper.came_down(start)
-
-    def pull_back(self, start: int, stop: int, slot: Slot) -> None:
-        self._job.pull_back(start, stop, slot)
-        self._keeper.came_down(start)
-
-    def turn(self) -> None:
-        self._keeper.turning()
-        self._job.turn()
-        self._turned = True

@@ -33,8 +33,8 @@ class Leftover:
     """A process is working on it."""
     records: tuple[Record, ...]
     """The first and, where there are more, the last of the journal."""
-    identities: tuple[owned.Identity, ...]
-    """Which files had these paths when they were listed."""
+    stamps: tuple[tuple[int, ...], ...]
+    """Of the files that had these paths when they were listed."""
 
 
 def leftovers(directory: str | os.PathLike[str]) -> list[Leftover]:
@@ -84,7 +84,7 @@ def _leftover(directory: str, name: str) -> Leftover | None:
         found[0].st_mtime,
         held,
         tuple(records),
-        tuple((s.st_dev, s.st_ino) for s in found),
+        tuple(map(_stamp, found)),
     )
 
 
@@ -95,11 +95,12 @@ def remove_leftover(left: Leftover) -> bool:
         StorageError: The system refuses.
     """
     try:
-        with _opened(left.paths[0]) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if owned.identity(fd) != left.identities[0]:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(_opened(path)) for path in left.paths]
+            fcntl.flock(files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if tuple(map(_stamp, map(os.fstat, files))) != left.stamps:
                 return False
-            removed = [owned.remove(path, which) for path, which in zip(left.paths, left.identities, strict=True)]
+            removed = [owned.remove(path, owned.identity(fd)) for path, fd in zip(left.paths, files, strict=True)]
             return any(removed)
     except ResumeError:
         return False
@@ -107,6 +108,11 @@ def remove_leftover(left: Leftover) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.ENOENT):
             return False
         raise StorageError(error.errno, f"{left.paths[0]} cannot be removed: {error.strerror}") from error
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    """Of a file as it is now: the number of one that was removed may be another one's next."""
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 @contextlib.contextmanager

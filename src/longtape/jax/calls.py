@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from longtape.compose import ALIGNMENT, PADDED_FROM, Hooks, Run, Settings, Traits, closed_if_it_fails
 from longtape.durable.home import Home
-from longtape.durable.keeper import Resumable, found_begin
+from longtape.durable.resumable import Resumable, found_begin
 from longtape.errors import UsageError
 from longtape.jax.arrays import Kind, empty, given, host, is_inexact, raw
 from longtape.jax.chunks import Chunks

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from longtape.compose import Hooks, Settings, refuse_resuming
-from longtape.durable.keeper import DEFAULT_SECONDS, check_seconds
+from longtape.durable.resumable import DEFAULT_SECONDS, check_seconds
 from longtape.errors import UsageError
 from longtape.jax.calls import Call, Where
 from longtape.jax.traced import Traced

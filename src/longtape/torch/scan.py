@@ -26,7 +26,7 @@ from longtape.compose import (
     refuse_resuming,
 )
 from longtape.durable.home import Home
-from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, forget, found_begin
+from longtape.durable.resumable import DEFAULT_SECONDS, Resumable, check_seconds, forget, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.processes import require_independent
