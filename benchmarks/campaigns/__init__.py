@@ -1,4 +1,4 @@
-"""Faults at length: kills, power, damage, failing calls, slow and full disks, races, a memory limit, a device.
+"""Faults at length: kills, power, damage, edits, failing calls, slow and full disks, races, a memory limit, a device.
 
 Each campaign checks what `tests/durable` and `tests/faults` check in small, many more times, and
 writes what it found to ``benchmarks/results/campaign_<name>.json``.  A campaign that finds a wrong

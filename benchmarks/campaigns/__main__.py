@@ -22,6 +22,8 @@ CAMPAIGNS = {
     "slow-scan": ("slow", "slow_scan", 100),
     "disk": ("full", "disk", 150),
     "races": ("races", "races", 10_000),
+    "edits": ("edits", "edits", 200),
+    "odd-values": ("odd", "odd_values", 2000),
     "limit": ("limit", "limit", 2),
     "device": ("device", "device", 1000),
     "interrupts": ("interrupts", "interrupts", 1000),

@@ -53,7 +53,7 @@ def kill(count: int, chance: random.Random) -> dict[str, Any]:
     while killed.total() < count:
         kind = kinds[runs.total() % len(kinds)]
         with tempfile.TemporaryDirectory() as there:
-            directory, log = Path(there) / "run", programs.Log(SWEEP_STEPS)
+            directory, log = Path(there), programs.Log(SWEEP_STEPS)
 
             def body(kind: str = kind, directory: Path = directory, log: Any = log) -> bytes:
                 if kind in expected:

@@ -116,7 +116,8 @@ def last_point(where: Path) -> points.Point:
     """What the journal of the only run there comes to."""
     (path,) = where.glob(f"*{JOURNAL}")
     home = Home(where, path.name.removesuffix(JOURNAL))
-    point = points.read_point(home.later(), most=10**6)
+    assert home.first is not None
+    point = points.read_point(home.later(), points.read_begin(home.first), most=10**6)
     home.close()
     return point
 

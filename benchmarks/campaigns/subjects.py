@@ -101,6 +101,7 @@ class Subject:
 
     def half_way(self, directory: Path, stop_after: int) -> None:
         """A resumable run with many durable points that is given up after so many actions."""
+        directory.mkdir(exist_ok=True)
         with contextlib.suppress(Stop):
             self.run(resume=directory, seconds=1e-6, pause=1e-3, stop_after=stop_after)
         gc.collect()
@@ -135,7 +136,7 @@ def _actions(subject: Subject) -> int:
 
     seen = _Counter()
     with tempfile.TemporaryDirectory() as there:
-        subject.run(resume=Path(there) / "run", observers=[seen])
+        subject.run(resume=Path(there), observers=[seen])
     return seen.count
 
 

@@ -15,8 +15,9 @@ from math import inf
 from typing import Any
 
 from longtape.compose import describe
-from longtape.durable.home import Leftover, leftovers, remove_leftover
-from longtape.durable.points import Point, apply_header, read_begin
+from longtape.durable.journal import Record
+from longtape.durable.leftovers import Leftover, leftovers, remove_leftover
+from longtape.durable.points import OddRecord, Point, apply_header, read_begin
 from longtape.errors import LongtapeError, UsageError
 from longtape.foresee import Foresight, foresee, replay, time_against_memory
 from longtape.plan.choose import Choice
@@ -118,18 +119,23 @@ def _clean(parsed: argparse.Namespace) -> None:
 
 
 def _described(left: Leftover) -> str:
-    begin = read_begin(left.records[0]) if left.records else None
     what = "no durable point"
-    if begin is not None:
-        point = Point()
-        for record in left.records[1:]:
-            apply_header(point, record)
-        where = f"forward sweep at step {point.reached:,} of {begin.steps:,}"
-        where = f"adjoint at step {point.adjoint.start:,} of {begin.steps:,}" if point.adjoint else where
-        what = f"{begin.title}, {where}"
+    try:
+        if left.records:
+            what = _place(left.records)
+    except OddRecord as error:
+        what = f"its journal {error}"
     age = format_seconds(max(0.0, time.time() - left.modified))
     held = ", a process is working on it" if left.held else ""
     return f"{left.name}: {what}; {format_bytes(left.nbytes)}, last written {age} ago{held}"
+
+
+def _place(records: Sequence[Record]) -> str:
+    begin, point = read_begin(records[0]), Point()
+    for record in records[1:]:
+        apply_header(point, record)
+    sweep = f"adjoint at step {point.adjoint.start:,}" if point.adjoint else f"forward sweep at step {point.reached:,}"
+    return f"{begin.title}, {sweep} of {begin.steps:,}"
 
 
 def _agreed(question: str) -> bool:

@@ -210,12 +210,12 @@ class Run:
                 self.choice, self.costs = begun
             self._assemble()
         except BaseException:
-            self._release_memory()
-            self._release_storage(self._settings.stuck_seconds)
             if self._keeper is not None and self._keeper.begin is None:
                 self._keeper.finish()  # nothing has begun that could be gone on with
             elif self._keeper is not None:
                 self._keeper.close()
+            self._release_memory()
+            self._release_storage(self._settings.stuck_seconds)
             raise
         self.prepare_seconds = self._clock() - began
 
@@ -406,6 +406,8 @@ class Run:
         begin = None if self._keeper is None else self._keeper.begin
         if begin is None:
             return None
+        assert self._keeper is not None
+        self._keeper.check_plan(self._problem())
         choice = begin.choice
         needed = choice.slots * self._item_nbytes(self._traits.state_nbytes) + self._spared()
         needed += choice.blocks * self._block_nbytes(choice)
@@ -602,14 +604,18 @@ class Run:
 
     def _attached(self, keeper: Keeper, layout: Layout) -> Job:
         self._budget.reserve(self._spared())
+        pool = self._pools[Kind.SNAPSHOT]
+        slot, spare = pool.take(), pool.take()
         job = keeper.attach(
             self._job,
             self._stock,
-            self._pools[Kind.SNAPSHOT].take(),
+            (slot, spare),
+            nbytes=self._mover.nbytes,
             window=layout.window,
             keeps_all=not layout.stores,
             steps=self._traits.steps or 0,
         )
+        pool.give(spare)
         self._mover.storage.in_use = sum(
             len(self._stock.shelf(kind).stored) * self._mover.nbytes[kind] for kind in (Kind.SNAPSHOT, Kind.RESIDUALS)
         )
@@ -715,6 +721,11 @@ class Run:
         if self._tier is not None:
             self._tier.close()
 
+    @property
+    def run_id(self) -> bytes | None:
+        """Of the files of a run that can be resumed."""
+        return None if self._keeper is None else self._keeper.run_id
+
     # Afterwards --------------------------------------------------------------------------------
 
     @property
@@ -784,13 +795,25 @@ class Run:
         )
 
 
-def refuse_resuming(*, steps: int | None, tier: Tier | None, compress: str | None, schedule: Any = None) -> None:
+def refuse_resuming(
+    *,
+    steps: int | None,
+    tier: Tier | None,
+    compress: str | None,
+    disk: str | os.PathLike[str] | None,
+    schedule: Any = None,
+) -> None:
     """What cannot be combined with a run that can be resumed.
 
     Raises:
         UsageError: The length is not known, items go to a tier of the caller's own or through a codec,
-            or the schedule is given.
+            the schedule is given, or `disk` as well.
     """
+    if disk is not None:
+        raise UsageError(
+            f"the files of a run that can be resumed take the place of the scratch file in disk={os.fspath(disk)!r}; "
+            "give either resume or disk"
+        )
     if steps is None:
         raise UsageError("a run of unknown length cannot be resumed; give the number of steps, or leave out resume")
     if tier is not None:

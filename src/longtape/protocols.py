@@ -252,6 +252,15 @@ class Durable(Protocol):
     next step is run; those handed in belong to the job.
     """
 
+    def state(self) -> list[tuple[str, Bytes]]:
+        """The leaves of the working state, each with a name for people."""
+
+    def run_again(self, start: int, stop: int) -> None:
+        """Run steps that were run before from the working state; nothing is to be seen of it but their end."""
+
+    def put_initial(self, slot: Slot) -> None:
+        """Make state 0 the working state, as it was when the run was made; `slot` has a copy of it."""
+
     def rows(self, start: int, stop: int) -> list[Bytes]:
         """What the forward sweep has produced for steps ``[start, stop)`` beside the state."""
 

@@ -98,15 +98,19 @@ def places(*roots: Any) -> Iterator[Place]:
             return iter(found)
 
 
-def digests(roots: Iterable[Any], bytes_of: Callable[[Any], Bytes]) -> dict[str, str]:
+def digests(roots: Iterable[Any], bytes_of: Callable[[Any], Bytes], *, but: Iterable[Any] = ()) -> dict[str, str]:
     """A short hash for each path that has a value.
 
     Args:
         roots: As in `places`.
         bytes_of: The elements of an array that is not NumPy's, in row-major order.
+        but: Arrays that are left out.
     """
     found: dict[str, str] = {}
+    left_out = {id(array) for array in but}
     for place in places(*roots):
+        if id(place.value) in left_out:
+            continue
         digest = xxh3_128(f"{place.kind} {_type_name(place.value)}".encode())
         if place.kind == "plain":
             digest.update(text_of(place.value).encode())
@@ -115,6 +119,8 @@ def digests(roots: Iterable[Any], bytes_of: Callable[[Any], Bytes]) -> dict[str,
         elif place.kind == "array":
             value = place.value
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            if value.dtype == object:  # whose bytes are addresses
+                value = np.frombuffer(text_of(np.asarray(value).tolist()).encode(), np.uint8)
             own = isinstance(value, np.ndarray)
             data = np.ascontiguousarray(value).reshape(-1).view(np.uint8) if own else bytes_of(value)
             digest.update(data.data)
@@ -266,7 +272,8 @@ class _Walk:
         for base in kind.__mro__:
             slots = getattr(base, "__slots__", ())
             for name in (slots,) if isinstance(slots, str) else tuple(slots):
-                if name in self._names and hasattr(value, name):
+                is_open = _is_library_class(base) and not name.startswith("_")
+                if (is_open or name in self._names) and hasattr(value, name):
                     self._add(f"{path}.{name}", getattr(value, name), value, name)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from longtape.actions import Kind
 from longtape.compose import Run, Settings, Traits, refuse_lossy_verification, refuse_resuming
-from longtape.durable.fingerprints import of_bytes, of_code
+from longtape.durable.fingerprints import bounded, of_bytes, of_code
 from longtape.durable.home import Home
 from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
 from longtape.engine.trace import Trace
@@ -23,7 +24,6 @@ from longtape.errors import UsageError
 from longtape.measure import JobCosts
 from longtape.model.first_steps import QUICK_SECONDS, FirstSteps
 from longtape.model.job import InPlaceJob, OutOfPlaceJob, StateFields
-from longtape.model.outputs import Outputs
 from longtape.model.protocol import (
     Array,
     Model,
@@ -40,7 +40,8 @@ from longtape.model.protocol import (
 from longtape.plan.choose import Choice
 from longtape.plan.costs import Costs
 from longtape.processes import require_independent
-from longtape.protocols import Bytes, Observer, Tier
+from longtape.protocols import Bytes, Observer, Slot, Tier
+from longtape.reach import digests
 from longtape.report import Report
 from longtape.sizes import parse_bytes
 from longtape.tiers.codecs import parse_codec
@@ -64,8 +65,17 @@ FEW = 100
 class _Kept:
     """A model's adjoint and outputs, for a run that can be resumed.  Implements `longtape.protocols.Durable`."""
 
-    def __init__(self, model: Any, outputs: Outputs) -> None:
-        self._model, self._outputs = model, outputs
+    def __init__(self, model: Any, job: InPlaceJob) -> None:
+        self._model, self._job, self._outputs = model, job, job.outputs
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        return [(f"state[{k}]", bytes_of(array)) for k, array in enumerate(self._job.live())]
+
+    def run_again(self, start: int, stop: int) -> None:
+        self._job.run_again(start, stop)
+
+    def put_initial(self, slot: Slot) -> None:
+        self._job.put_initial(slot)
 
     def _arrays(self) -> list[Array]:
         return listed(self._model, "adjoint")
@@ -97,31 +107,42 @@ class _Kept:
         pass
 
 
+_CODE = ("advance", "reverse", "advance_into", "reverse_from", "record", "pull_back")
+
+
 def _fingerprint(model: Any, steps: int | None, kept: _Kept) -> dict[str, str]:
-    """What must be the same for a run of this model to be gone on with."""
+    """What must be the same for a run of this model to be gone on with, beside what its methods can reach."""
     kind = type(model)
-    code = ("advance", "reverse", "advance_into", "reverse_from", "record", "pull_back")
     more = getattr(model, "fingerprint", "")
     if not isinstance(more, str | bytes):
         raise UsageError(f"model.fingerprint must be a string or bytes, not {type(more).__name__}")
-    shapes = [f"{a.dtype}{list(a.shape)}" for a in model.state], [f"{a.dtype}{list(a.shape)}" for a in kept._arrays()]
     more_bytes = np.frombuffer(more.encode() if isinstance(more, str) else more, np.uint8)
+    shapes = [" ".join(f"{a.dtype}{list(a.shape)}" for a in arrays) for arrays in (model.state, kept._arrays())]
     return {
         "front end": "Sweep",
         "model": f"{kind.__module__}.{kind.__qualname__}",
-        "code of the model's steps": of_code(*[getattr(kind, name, None) for name in code]),
+        "code of the model's steps": of_code(*[getattr(model, name, None) for name in _CODE]),
         "number of steps": str(steps),
         "size of the residuals": str(getattr(model, "residual_nbytes", None)),
-        "shape of the state": of_bytes([_text(" ".join(shapes[0]))]),
-        "shape of the adjoint": of_bytes([_text(" ".join(shapes[1]))]),
+        "most steps that reverse takes": str(getattr(model, "max_reverse", 1)),
+        "shape of the state": shapes[0],
+        "shape of the adjoint": shapes[1],
         "initial state": of_bytes(bytes_of(array) for array in model.state),
         "outputs and initial sums": of_bytes(kept.initial()),
         "fingerprint of the model": of_bytes([more_bytes]),
+        "version of NumPy": np.__version__,
     }
 
 
-def _text(text: str) -> Bytes:
-    return np.frombuffer(text.encode(), np.uint8)
+def _reached(model: Any) -> dict[str, str]:
+    """What the model's methods can reach, but for the arrays that a sweep takes care of."""
+    own = [array for name in ("state", "adjoint", "outputs", "sums") for array in listed(model, name)]
+    methods = [getattr(model, name) for name in _CODE if hasattr(model, name)]
+    return bounded(digests(methods, bytes_of, but=own))
+
+
+_ROWS, _RANGES = "way of reversing", "way of running steps"
+"""Of the fingerprint: what the process that begins finds out by trying steps, and others go by."""
 
 
 class Sweep:
@@ -133,7 +154,7 @@ class Sweep:
         memory: Most bytes held for snapshots at any moment, such as ``"4GiB"`` or an
             integer.  The model's own buffers are not counted, nor are two states that a model with `advance_into`
             works in, nor up to 4 MiB of outputs that are put aside while steps run again.
-        disk: Directory for a private scratch file, or None to recompute in memory only.
+        disk: Existing directory for a private scratch file, or None to recompute in memory only.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`, called as things happen.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
@@ -155,10 +176,13 @@ class Sweep:
         schedule: A `checkpoint_schedules.CheckpointSchedule` to follow, fresh; it is read and
             checked here, and used up.  What it keeps on disk is written and fetched in the
             background.  None: the quickest plan for the budget is chosen.
-        resume: Directory that makes the run durable.  After a kill, a loss of power or an exception,
-            the same call with a model in its initial state goes on where the run was, forward
-            or reverse.  The directory takes the place of `disk`; the files in it are removed
-            when `reverse` has ended.  One state of `memory` is set aside for it.
+        resume: Existing directory that makes the run durable.  After a kill, a loss of power or an
+            exception, the same call with a model in its initial state goes on where the run was,
+            forward or reverse.  The directory takes the place of `disk`; the files in it are removed
+            when `reverse` has ended.  One state of `memory` is set aside for it.  A run that was begun
+            with anything else the model's methods can reach (closures, globals, attributes, arrays by
+            content) is refused, and so is one whose steps, a few of which are run again, do other
+            than they did.  Work arrays count unless steps write to them: make them zeros, not `empty`.
         resume_seconds: Work that may be lost.
         name: Tells runs apart that share the directory.
         independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
@@ -214,7 +238,7 @@ class Sweep:
         estimate = checked_seconds(model)
         seconds = check_seconds(resume_seconds)
         if resume is not None:
-            refuse_resuming(steps=steps, tier=tier, compress=compress, schedule=schedule)
+            refuse_resuming(steps=steps, tier=tier, compress=compress, schedule=schedule, disk=disk)
             _warn_of_outputs(model)
         fields = StateFields(model.state)
         self._model, self._steps, self._estimate = model, steps, estimate
@@ -224,6 +248,7 @@ class Sweep:
         home = None if resume is None else Home(resume, name)
         try:
             begun = None if home is None else found_begin(home)
+            reached = {} if home is None else _reached(model)  # before a step is run
             measured, notes = None, list[str]()
             if begun is None:
                 stores = disk is not None or tier is not None or resume is not None
@@ -233,8 +258,8 @@ class Sweep:
                 in_steps = schedule is not None or out_of_place or records or span > 1
                 by_rows = not in_steps and self._steps_are_tiny(measured)
             else:
-                by_rows = begun.front.get("by_rows") is True
-                self._job.by_steps = begun.front.get("by_steps") is not False
+                by_rows = begun.fingerprint.get(_ROWS) == "by rows"
+                self._job.by_steps = begun.fingerprint.get(_RANGES) != "in ranges"
             traits = Traits(
                 title=type(model).__name__,
                 steps=steps,
@@ -249,10 +274,12 @@ class Sweep:
             )
             resumable = None
             if home is not None:
-                kept = _Kept(model, self._job.outputs)
-                fingerprint = _fingerprint(model, steps, kept)
-                front = {"by_rows": by_rows, "by_steps": self._job.by_steps}
-                resumable = Resumable(home, kept, fingerprint, front, seconds=seconds)
+                kept = _Kept(model, self._job)
+                fingerprint = _fingerprint(model, steps, kept) | {
+                    _ROWS: "by rows" if by_rows else "by steps",
+                    _RANGES: "one by one" if self._job.by_steps else "in ranges",
+                }
+                resumable = Resumable(home, kept, fingerprint, partial(_reached, model), reached, seconds=seconds)
             settings = Settings(
                 memory,
                 disk=disk,

@@ -11,7 +11,8 @@ from models import Chaotic
 
 from longtape.cli import _described
 from longtape.durable import journal
-from longtape.durable.home import Home, leftovers
+from longtape.durable.home import Home
+from longtape.durable.leftovers import leftovers
 from longtape.errors import ResumeError
 from tests.durable.programs import SIZE
 from tests.durable.test_resume import begin, resume
@@ -37,6 +38,7 @@ def point_header(**more):
         "reached": 0,
         "turned": False,
         "seed": None,
+        "anew": False,
         "adjoint": None,
         "rows": None,
         "bars": None,

@@ -37,6 +37,7 @@ def start(kind, directory, out):
 def test_killed_once_in_each_sweep(tmp_path, kind):
     """In fresh processes, killed while the journal says that they are in one sweep or the other."""
     out, journal = tmp_path / "out", tmp_path / "run" / "scan.longtape-journal"
+    journal.parent.mkdir()
     for size in (1, 12_000):
         running = start(kind, tmp_path / "run", out)
         while running.poll() is None and not (journal.exists() and journal.stat().st_size > size):

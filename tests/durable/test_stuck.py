@@ -8,7 +8,7 @@ import pytest
 from models import Chaotic
 
 import longtape
-from longtape.durable.home import leftovers
+from longtape.durable.leftovers import leftovers
 from tests.durable.programs import SIZE
 from tests.durable.test_resume import end, resume
 
@@ -37,6 +37,7 @@ def join(name="longtape-durable"):
 
 @pytest.mark.filterwarnings("ignore:longtape:RuntimeWarning")
 def test_it_writes_to_no_file_of_others(tmp_path, gate):
+    (tmp_path / "run").mkdir()
     with resume(tmp_path / "run", resume_seconds=1e-6, stuck_seconds=0.1) as run:
         run.forward()
     others = []

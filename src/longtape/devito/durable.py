@@ -14,7 +14,7 @@ import numpy as np
 from longtape.devito.job import OperatorsJob
 from longtape.devito.kernels import Array, Kernel, Rows, bytes_of
 from longtape.durable.fingerprints import of_bytes
-from longtape.protocols import Bytes
+from longtape.protocols import Bytes, Slot
 
 
 class _Written:
@@ -65,6 +65,23 @@ class Kept:
         self._outputs, self._adjoint = _Written(forward, wavefields), _Written(reverse)
         self._standing: list[Bytes] | None = None
         """What an earlier process left, until the forward sweep begins."""
+        self._first: list[Array] = []
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        return self._job.state()
+
+    def run_again(self, start: int, stop: int) -> None:
+        """Into copies; the wavefields' buffers, whose other levels are looked at too, are put aside meanwhile."""
+        self._first = self._first or [buffer.copy() for buffer in self._job.buffers()]
+        before, self._job.written_before = self._job.written_before, self._job.first(stop)
+        self._job.advance(start, stop)
+        self._job.written_before = before
+
+    def put_initial(self, slot: Slot) -> None:
+        for buffer, kept in zip(self._job.buffers(), self._first, strict=False):  # none, where no step was run
+            np.copyto(buffer, kept)
+        self._first = []
+        self._job.begin_again()
 
     def rows(self, start: int, stop: int) -> list[Bytes]:
         self._job.settle()

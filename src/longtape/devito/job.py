@@ -258,6 +258,21 @@ class OperatorsJob:
     def load_initial(self) -> None:
         raise NotImplementedError
 
+    # For a run that can be resumed -------------------------------------------------------------
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        """The levels of the working state by name."""
+        self.settle()
+        return list(zip(self._leaves, self._leaf_bytes(), strict=True))
+
+    def buffers(self) -> list[Array]:
+        """The wavefields' own."""
+        return [field.buffer for field in self._fields]
+
+    def begin_again(self) -> None:
+        """They hold state 0."""
+        self._place, self._moment, self._at, self._loaded = self._home, self._forward.first, 0, None
+
     # Whether it does the same again ------------------------------------------------------------
 
     def _leaf_bytes(self) -> list[Bytes]:

@@ -48,7 +48,7 @@ class Sweep:
             of it, such as an adjoint wavefield and a gradient.
         wavefields: Every TimeFunction that `forward` updates.
         memory: Most bytes held at any moment beside the operators' own arrays, such as ``"4GiB"``.
-        disk: Directory for a private scratch file, or None to recompute in memory only.
+        disk: Existing directory for a private scratch file, or None to recompute in memory only.
         disk_limit: Most bytes of it.
         forward_args: What ``forward.apply`` would be given, such as ``{"dt": dt, "src": src}``.
         reverse_args: What ``reverse.apply`` would be given.  What only `reverse` reads may
@@ -62,10 +62,11 @@ class Sweep:
             fetched, with what it was the first time, bit for bit.  Without it that is done
             for the final state only, rounding aside.
         compress: Codec for what goes to storage, as for `longtape.Sweep`.
-        resume: Directory that makes the run durable.  After a kill, a loss of power or an exception, the
+        resume: Existing directory that makes the run durable.  After a kill, a loss of power or an exception, the
             same call with everything set as at first goes on where the run was, forward or
             reverse.  Outputs of `forward` and all that `reverse` writes are brought back.  The
-            directory takes the place of `disk`; one state of `memory` is set aside for it.
+            directory takes the place of `disk`; one state of `memory` is set aside for it, and while
+            some times are run again, to see that they do what they did, copies of the time buffers are held.
         resume_seconds: Work that may be lost.
         name: Tells runs apart that share the directory.
         independent: The ranks are independent: no operator exchanges halos.  Without it, a run beside other ranks
@@ -113,7 +114,7 @@ class Sweep:
         if verify:
             refuse_lossy_verification(compress)
         if resume is not None:
-            refuse_resuming(steps=1, tier=tier, compress=compress)
+            refuse_resuming(steps=1, tier=tier, compress=compress, disk=disk)
         seconds = check_seconds(resume_seconds)
         if not wavefields:
             raise UsageError("give the TimeFunctions that the forward operator updates as wavefields")

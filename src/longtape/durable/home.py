@@ -4,10 +4,10 @@ Owns names, modes and locks; must not know what a run writes into its files.  A 
 NAME has two: ``NAME.longtape-journal``, which is locked as long as the run is going on, and
 ``NAME.longtape-data``.
 
-Invariants: a file that does not begin as Longtape's is never changed and never removed; the
-lock ends with the process that took it, however it ends, and children that it forks do
-not hold it; the journal is closed only when nobody is writing to it, for its number may be
-another file's next.
+Invariants: a file that does not begin as Longtape's, or is not this user's alone, is never
+changed and never removed, nor is one that has taken the name of ours; the lock ends with the
+process that took it, however it ends, and children that it forks do not hold it; the journal
+is closed only when nobody is writing to it, for its number may be another file's next.
 """
 
 from __future__ import annotations
@@ -17,20 +17,28 @@ import errno
 import fcntl
 import os
 import re
-import stat
 import threading
+import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from longtape.durable import journal
 from longtape.durable.journal import Journal, Record
 from longtape.errors import ResumeError, StorageError, UsageError
-from longtape.tiers.openfile import OpenFile, open_file
+from longtape.tiers import owned
+from longtape.tiers.block import MAGIC as DATA_MAGIC
+from longtape.tiers.openfile import OpenFile
 
 JOURNAL, DATA = ".longtape-journal", ".longtape-data"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,127}")
+_THIS, _ANOTHER = "this process", "another process"
+_PATIENCE_SECONDS = 1.0
+"""For a run of this process to give up its lock."""
+_SECTOR = 512
+"""Of a disk: the power may go when only some of those of a write are there."""
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_OTHER = "name another directory"
 _homes: weakref.WeakSet[Home] = weakref.WeakSet()
 
 
@@ -42,17 +50,17 @@ class Home:
     """One run's files, found or made, and locked until `close`.
 
     Args:
-        directory: Where; made if it is missing.
+        directory: Where; must exist.
         name: Of the run.
 
     Raises:
         UsageError: The directory cannot be used, or the name cannot be a file's.
-        ResumeError: Another run has the files open, or a file in their place is not Longtape's.
+        ResumeError: Another run has the files open, or a file in their place is not Longtape's, or not this user's.
         StorageError: The system failed otherwise.
     """
 
     def __init__(self, directory: str | os.PathLike[str], name: str) -> None:
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
+        if not is_name(name):
             raise UsageError(f"a run's name is made of letters, digits and ._+=-, not {name!r}")
         self.directory, self.name = os.path.abspath(os.fspath(directory)), name
         self.first: Record | None = None
@@ -61,15 +69,21 @@ class Home:
         """The journal held something, and nothing of it can be read."""
         self.torn_nbytes = 0
         """How much there is behind the last record that can be read; some, where an append was cut off."""
+        self._run_id: bytes | None = None
         self._first_end = self._end = self._count = 0
+        self.is_believed = False
+        """What is there is of this process, or was found to be of the run that goes on: it may be cleared."""
         self._guard = threading.Lock()
         self._users, self._closing = 0, False
+        self._file: OpenFile | None = None
         try:
-            os.makedirs(self.directory, mode=0o700, exist_ok=True)
-            self._file: OpenFile | None = _open_locked(self.journal_path, name)
+            _require_directory(self.directory)
+            self._file = self._open_locked()
         except OSError as error:
+            if error.errno in _UNUSABLE:
+                raise UsageError(f"{self.directory} cannot hold a resumable run: {error.strerror}; {_OTHER}") from error
             raise StorageError(
-                error.errno, f"{self.directory} cannot hold a resumable run: {error.strerror}; name another directory"
+                error.errno, f"{self.directory} cannot hold a resumable run: {error.strerror}; {_OTHER}"
             ) from error
         _homes.add(self)
         try:
@@ -102,8 +116,11 @@ class Home:
                 del record  # before the next one is read
             self.torn_nbytes = os.fstat(self._fd).st_size - self._end
             self.is_damaged = self.first is None and self.torn_nbytes > 0
-            if self.is_damaged and not _begins_as_ours(self._fd):
-                raise ResumeError(f"{self.journal_path} is not a journal of Longtape; move it, or use another name")
+            if self.is_damaged and not begins_as_journal(self._fd):
+                raise ResumeError(
+                    f"{self.journal_path} is not a journal of Longtape, or damaged where it begins, or of another "
+                    "version; move it, or use another name"
+                )
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -134,6 +151,7 @@ class Home:
 
     def journal(self, run_id: bytes) -> Journal:
         """To append to what there is, while `in_use`."""
+        self._run_id = run_id
         return Journal(self._fd, run_id, end=self._end, count=self._count)
 
     @contextlib.contextmanager
@@ -163,6 +181,13 @@ class Home:
         finally:
             os.close(fd)
 
+    def is_in_place(self, data: owned.Identity) -> bool:
+        """Whether the journal and this data file still have their names in the directory that was named."""
+        try:
+            return owned.is_at(self.journal_path, owned.identity(self._fd)) and owned.is_at(self.data_path, data)
+        except OSError:
+            return True  # the system cannot tell now
+
     def reopen(self) -> None:
         """Take the lock again after `close`.  Raises as making one does."""
         with self._guard:
@@ -175,42 +200,79 @@ class Home:
             self._closing = False
         if self._fd < 0:
             try:
-                self._file = _open_locked(self.journal_path, self.name)
+                self._file = self._open_locked()
+                self._reread()
             except OSError as error:
                 raise self._unreadable(error) from error
 
+    def _reread(self) -> None:
+        """What was read before counts only if it is still there: another run may have come and gone."""
+        found = next(journal.read(self._fd), None)
+        if found is not None and found[0].run_id not in (self._run_id, self.first and self.first.run_id):
+            raise ResumeError(
+                f"another run was begun as {self.name!r} in {self.directory} meanwhile; give this one another name"
+            )
+
     def clear(self) -> None:
-        """Forget the run, and keep the lock: what comes is a new one.  Raises `StorageError`."""
+        """Forget the run, and keep the lock: what comes is a new one.
+
+        Raises:
+            ResumeError: In the place of the data is a file that is not Longtape's, or not this user's.
+            StorageError: The system refuses.
+        """
         try:
+            data = self._old_data()
             os.ftruncate(self._fd, 0)
             os.fdatasync(self._fd)
-            self.first, self.is_damaged = None, False
+            self.first, self.is_damaged, self.is_believed = None, False, True
             self._end = self._count = 0
-            _remove(self.data_path)
+            if data is not None:
+                owned.remove(self.data_path, data)
         except OSError as error:
             raise StorageError(
                 error.errno,
                 f"{self.data_path} cannot be removed: {error.strerror}; remove it by hand, or use another name",
             ) from error
 
-    def remove(self) -> list[str]:
-        """The run has ended: remove its files.  `close` gives up the lock.
+    def _old_data(self) -> owned.Identity | None:
+        """The data file that is there.  Raises as `clear` does."""
+        try:
+            file = owned.open_owned(self.data_path)
+        except FileNotFoundError:
+            return None
+        try:
+            if not begins_as_data(file.fileno()):
+                raise ResumeError(f"{self.data_path} is not a data file of Longtape; move it, or use another name")
+            return owned.identity(file.fileno())
+        finally:
+            _close(file)
+
+    def remove(self, data: owned.Identity) -> list[str]:
+        """The run has ended: remove its files, and no others that have taken their names.  `close` gives up the lock.
+
+        Args:
+            data: Which file the data is in.
 
         Returns:
             The paths of those that could not be removed.
         """
         left: list[str] = []
         if self._fd >= 0:
+            journal_path = owned.where(self._fd, self.journal_path)
+            data_path = os.path.join(os.path.dirname(journal_path), self.name + DATA)
             # The journal goes first: without it nobody takes the data for a run that can be gone on with.
-            for path in (self.journal_path, self.data_path):
+            for path, which in ((journal_path, owned.identity(self._fd)), (data_path, data)):
                 try:
-                    _remove(path)
+                    owned.remove(path, which)
                 except OSError:
                     left.append(path)
         return left
 
     def close(self) -> None:
-        """Leave the files as they are, and give up the lock, once nobody uses them; idempotent."""
+        """Leave the files as they are, and give up the lock, once nobody uses them; idempotent.
+
+        A journal that nothing was written to is removed.
+        """
         with self._guard:
             self._closing = True
             file = None if self._users else self._let_go()
@@ -218,38 +280,47 @@ class Home:
 
     def _let_go(self) -> OpenFile | None:
         file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                if not os.fstat(file.fileno()).st_size:
+                    owned.remove(self.journal_path, owned.identity(file.fileno()))
         return file
 
+    def _open_locked(self) -> OpenFile:
+        """The journal, made if it is missing, locked for this process alone."""
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            file = owned.open_owned(self.journal_path, makes=True)
+            fd = file.fileno()
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if owned.is_at(self.journal_path, owned.identity(fd)):
+                    return file
+            except BlockingIOError:
+                holder = _holder(fd)
+                file.close()
+                if holder in (_THIS, _ANOTHER) and time.monotonic() < until:
+                    time.sleep(0.01)  # a run that was dropped gives up its lock once its point has ended
+                    continue
+                raise ResumeError(
+                    f"the run {self.name!r} in {self.directory} is going on in another sweep ({holder}); wait for "
+                    "it, or give this one another name"
+                ) from None
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # it was removed, by a run that ended, between being opened and being locked
 
-def _open_locked(path: str, name: str) -> OpenFile:
-    """The journal, made if it is missing, locked for this process alone."""
-    while True:
-        file = open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK)
-        fd = file.fileno()
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ResumeError(f"{path} is no regular file; move it, or use another name")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(path, fd):
-                return file
-        except BlockingIOError:
-            holder = _holder(fd)
-            file.close()
-            raise ResumeError(
-                f"the run {name!r} in {os.path.dirname(path)} is going on in another sweep ({holder}); wait for it, "
-                "or give this one another name"
-            ) from None
-        except BaseException:
-            file.close()
-            raise
-        file.close()  # it was removed, by a run that ended, between being opened and being locked
+
+def is_name(name: object) -> bool:
+    """Whether a run can be called so."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def _is_at(path: str, fd: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        there, ours = os.stat(path, follow_symlinks=False), os.fstat(fd)
-        return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
-    return False
+def _require_directory(directory: str) -> None:
+    if not os.path.isdir(directory):
+        what = "is not a directory" if os.path.exists(directory) else "does not exist"
+        raise UsageError(f"a run is to be made durable in {directory}, which {what}; make it first, or name another")
 
 
 def _holder(fd: int) -> str:
@@ -259,19 +330,20 @@ def _holder(fd: int) -> str:
         for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
             fields = line.split()
             if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
-                return "this process" if int(fields[4]) == os.getpid() else f"process {fields[4]}"
-    return "another process"
+                return _THIS if int(fields[4]) == os.getpid() else f"process {fields[4]}"
+    return _ANOTHER
 
 
-def _begins_as_ours(fd: int) -> bool:
-    """Whether a journal without one sound record may be ours: empty, torn while it was begun, or zeros."""
-    begin = journal.exactly(fd, min(len(journal.MAGIC), os.fstat(fd).st_size), 0)
-    return journal.MAGIC.startswith(begin) or not any(begin)
+def begins_as_journal(fd: int) -> bool:
+    """Whether a journal without one sound record is ours: empty, torn while it was begun, damaged later, or zeros."""
+    begin = journal.exactly(fd, min(_SECTOR, os.fstat(fd).st_size), 0)
+    return not any(begin) or journal.MAGIC.startswith(begin) or journal.begins_sound(begin)
 
 
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
+def begins_as_data(fd: int) -> bool:
+    """The same of the other file."""
+    begin = journal.exactly(fd, min(_SECTOR, os.fstat(fd).st_size), 0)
+    return not any(begin) or begin.startswith(DATA_MAGIC)
 
 
 def _close(file: OpenFile | None) -> None:
@@ -282,113 +354,9 @@ def _close(file: OpenFile | None) -> None:
 
 
 def _leave_to_parent() -> None:
-    for home in list(_homes):
-        _close(home._let_go())  # the guard may be held by a thread that the child has not
+    for home in list(_homes):  # whose guard may be held by a thread that the child has not
+        _close(home._file)
+        home._file = None
 
 
 os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-# Leftovers ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """Files of a run that has not ended well, or has not ended."""
-
-    name: str
-    paths: tuple[str, ...]
-    nbytes: int
-    """Disk space of its files."""
-    modified: float
-    """When the journal was last written, or the data where there is no journal; seconds since the epoch."""
-    held: bool
-    """A process is working on it."""
-    records: tuple[Record, ...]
-    """The first and, where there are more, the last of the journal."""
-
-
-def leftovers(directory: str | os.PathLike[str]) -> list[Leftover]:
-    """The resumable runs that have files in a directory, by name; changes nothing.
-
-    Raises:
-        UsageError: The directory cannot be read.
-    """
-    try:
-        names = sorted(os.listdir(directory))
-    except OSError as error:
-        raise UsageError(f"{os.fspath(directory)} cannot be read: {error.strerror}") from error
-    found = []
-    for name in sorted({n[: -len(suffix)] for n in names for suffix in (JOURNAL, DATA) if n.endswith(suffix)}):
-        left = _leftover(os.path.abspath(directory), name) if _NAME.fullmatch(name) else None
-        if left is not None:
-            found.append(left)
-    return found
-
-
-def _leftover(directory: str, name: str) -> Leftover | None:
-    paths: list[str] = []
-    records: list[Record] = []
-    held = False
-    journal_path, data_path = (os.path.join(directory, name + suffix) for suffix in (JOURNAL, DATA))
-    with contextlib.suppress(OSError), _opened(journal_path) as fd:
-        held = not _can_lock(fd)
-        for record, _ in journal.read(fd):
-            records[1:] = [record] if records else []
-            records = records or [record]
-            del record
-        if not records and not _begins_as_ours(fd):
-            return None
-        paths.append(journal_path)
-    with contextlib.suppress(OSError), _opened(data_path) as fd:
-        if paths or _is_data(fd):
-            paths.append(data_path)
-    if not paths:
-        return None
-    stats = [os.stat(path, follow_symlinks=False) for path in paths]
-    return Leftover(
-        name,
-        tuple(paths),
-        sum(512 * s.st_blocks for s in stats),
-        stats[0].st_mtime,
-        held,
-        tuple(records),
-    )
-
-
-def remove_leftover(left: Leftover) -> bool:
-    """Remove a leftover's files, unless a process holds them now; whether it did."""
-    try:
-        with _opened(left.paths[0]) as fd:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for path in left.paths:
-                _remove(path)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.ENOENT):
-            return False
-        raise StorageError(error.errno, f"{left.paths[0]} cannot be removed: {error.strerror}") from error
-    return True
-
-
-@contextlib.contextmanager
-def _opened(path: str):  # type: ignore[no-untyped-def]
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "no regular file")
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def _can_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _is_data(fd: int) -> bool:
-    """Whether a file without a journal begins as a scratch file of ours."""
-    return journal.exactly(fd, 8, 0) == b"LONGTAPE"

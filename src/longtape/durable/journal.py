@@ -85,9 +85,7 @@ def _read_one(fd: int, offset: int, size: int) -> tuple[Record, int, int] | None
     if size - offset < HEAD_NBYTES:
         return None
     head = exactly(fd, HEAD_NBYTES, offset)
-    if head[:8] != MAGIC:
-        return None
-    if _CHECKSUM.pack(xxh3_64_intdigest(head[: _FIELDS.size])) != head[_FIELDS.size :]:
+    if not begins_sound(head):
         return None
     _, text_nbytes, _, payload_nbytes, run_id, number = _FIELDS.unpack_from(head)
     end = offset + HEAD_NBYTES + text_nbytes + payload_nbytes + _CHECKSUM.size
@@ -105,6 +103,14 @@ def _read_one(fd: int, offset: int, size: int) -> tuple[Record, int, int] | None
     except (ValueError, RecursionError):
         return None
     return (Record(run_id, header, payload), number, end) if isinstance(header, dict) else None
+
+
+def begins_sound(head: bytes | bytearray) -> bool:
+    """Whether a record begins here, whatever follows its head; or one that was cut off within it."""
+    if len(head) < HEAD_NBYTES:
+        return head[: len(MAGIC)] == MAGIC
+    checksum = _CHECKSUM.pack(xxh3_64_intdigest(head[: _FIELDS.size]))
+    return head[: len(MAGIC)] == MAGIC and head[_FIELDS.size : HEAD_NBYTES] == checksum
 
 
 def exactly(fd: int, nbytes: int, offset: int) -> bytearray:

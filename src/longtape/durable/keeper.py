@@ -11,26 +11,30 @@ is durable.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from math import inf
 from typing import Any
 
 from longtape.actions import Key, Kind
-from longtape.durable import points
+from longtape.durable import points, proof, sense
+from longtape.durable.fingerprints import differences, of_leaves
 from longtape.durable.home import Home, UnreadableJournal
-from longtape.durable.parts import pack, unpack
-from longtape.durable.points import Begin, Point, Stretch
+from longtape.durable.parts import label, pack, unpack
+from longtape.durable.points import Begin, OddRecord, Point, Stretch
 from longtape.engine.workers import Aside
 from longtape.errors import DamagedBlock, ResumeError, StorageError, UsageError
 from longtape.plan.choose import Choice
-from longtape.plan.costs import Costs
+from longtape.plan.costs import Costs, Problem
 from longtape.plan.stock import Stock
 from longtape.protocols import Bytes, Durable, Job, Slot, Standing
+from longtape.tiers import owned
 from longtape.tiers.named import NamedDiskTier
 
 DEFAULT_SECONDS = 60.0
@@ -48,16 +52,45 @@ class Resumable:
     source: Durable
     fingerprint: dict[str, str]
     """By a name for people: what must be the same for the run to be gone on with."""
-    front: dict[str, Any] = field(default_factory=dict)
-    """Anything that the front end wants to find in `found_front`; JSON."""
+    reach: Callable[[], dict[str, str]] = dict
+    """The same of what the steps can reach, as it is when this is called."""
+    reached: dict[str, str] = field(default_factory=dict)
+    """What `reach` returned before any step was run."""
     extra: bytes = b""
     seconds: float = DEFAULT_SECONDS
     standing: Standing | None = None
 
 
 def found_begin(home: Home) -> Begin | None:
-    """What the run is that an earlier process began here; None if there is none."""
-    return points.read_begin(home.first) if home.first is not None else None
+    """What the run is that an earlier process began here; None if there is none.
+
+    Raises:
+        ResumeError: It is of another version, or cannot be believed.
+    """
+    if home.first is None:
+        return None
+    try:
+        return points.read_begin(home.first)
+    except OddRecord as error:
+        raise odd(home, error) from None
+
+
+def odd(home: Home, what: object) -> ResumeError:
+    """A journal that says what cannot be."""
+    return ResumeError(
+        f"the journal of the run {home.name!r} in {home.directory} {what}; give this run another name, or remove that "
+        f"one (longtape clean {home.directory})"
+    )
+
+
+def forget(directory: str | os.PathLike[str], name: str, run_id: bytes) -> None:
+    """Remove what is durable of a run of this process that was closed, unless another one has its place now."""
+    home = Home(directory, name)
+    try:
+        if home.first is not None and home.first.run_id == run_id:
+            home.clear()
+    finally:
+        home.close()
 
 
 def check_seconds(seconds: Any) -> float:
@@ -79,6 +112,8 @@ class _Attempt:
     fresh: list[Key]
     """Keys to give up if it fails."""
     retired: int
+    anew: bool
+    """The reverse sweep has no point yet: what the journal says of one counts no more."""
     written: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
     abandoned: bool = False
@@ -123,15 +158,17 @@ class Keeper:
         self._begin_header: dict[str, Any] | None = None
         """What the journal has yet to begin with."""
         self._point = Point()
+        self._lost = self._is_busy = False
         self.snapshots: set[int] = set()
         self.residuals: set[int] = set()
-        if self.begin is not None:
-            self._check(self.begin)
         try:
+            if self.begin is not None:
+                self._check(self.begin)
             self.tier = self._open_tier(limit)
         except BaseException:
             self._aside.close(0.0)
             raise
+        self._data = owned.identity(self.tier.fileno())
         # A point begins after half the time, so that it is durable before all of it has passed.
         self._every = resumable.seconds / 2
         self._due = self._clock() + self._every
@@ -140,52 +177,63 @@ class Keeper:
     # Finding a run ---------------------------------------------------------------------------
 
     def _check(self, begin: Begin) -> None:
-        ours = self._resumable.fingerprint
-        differs = [name for name in ours if begin.fingerprint.get(name) != ours[name]]
-        differs += [name for name in begin.fingerprint if name not in ours]
+        ours = {**self._resumable.fingerprint, **self._resumable.reached}
+        differs = differences(begin.fingerprint, ours, but=begin.written)
         if differs:
             raise ResumeError(
-                f"the run {self._home.name!r} in {self._home.directory} was begun with another {', '.join(differs)}; "
+                f"the run {self._home.name!r} in {self._home.directory} was begun with another {differs}; "
                 "go on with what it was begun with, or give this run another name, or remove the old one "
                 f"(longtape clean {self._home.directory})"
             )
 
     def _open_tier(self, limit: int | None) -> NamedDiskTier:
-        if self.begin is None and self._home.first is not None:
-            header = self._home.first.header
-            if header.get("what") == "begin" and header.get("format") != points.FORMAT:
-                raise ResumeError(
-                    f"the run {self._home.name!r} in {self._home.directory} is of format {header.get('format')!r}, and "
-                    f"this Longtape goes on with format {points.FORMAT}; finish it with the version that began it, "
-                    f"or remove it (longtape clean {self._home.directory})"
-                )
-        if self._home.is_damaged:
-            self._fault(f"{self._home.journal_path} is damaged where it begins, so the run begins anew")
+        lost = f"{self._home.journal_path} is damaged where it begins" if self._home.is_damaged else None
         if self.begin is not None:
             if self._home.torn_nbytes:
                 self.notes.append(f"the last {self._home.torn_nbytes:,} bytes of the journal could not be read")
             most = 2 * self._home.data_nbytes // LEAST_ITEM_NBYTES
             try:
-                self._point = points.read_point(self._home.later(), most=most)
+                self._point = points.read_point(self._home.later(), self.begin, most=most)
                 return self._take_up(self.begin, limit)
+            except OddRecord as error:
+                raise odd(self._home, error) from None
             except UnreadableJournal:
-                raise  # it could be read a moment ago: another call may go on with it
+                raise
             except StorageError as error:
+                if not isinstance(error, DamagedBlock) and error.errno != errno.ENOENT:
+                    raise self._unreadable(error) from error
                 self.snapshots, self.residuals = set(), set()
-                self._fault(f"what an earlier process has made durable cannot be used, so the run begins anew: {error}")
+                lost = f"what an earlier process has made durable cannot be used: {error}"
         self.begin, self._point = None, Point()
         self._known, self._own, self._serial = {}, set(), 0
         self._home.clear()
+        if lost is not None:
+            self._fault(f"{lost}; so the run begins anew")
         self._run_id = os.urandom(16)
         self._journal = self._home.journal(self._run_id)
         return NamedDiskTier(self._home.data_path, run_id=self._run_id, is_new=True, limit=limit)
+
+    def _unreadable(self, error: OSError) -> StorageError:
+        """Which says nothing of what is there: another call may go on with it."""
+        return StorageError(
+            error.errno,
+            f"what an earlier process has made durable cannot be read now: {error}; try again, or remove it "
+            f"(longtape clean {self._home.directory})",
+        )
 
     def _take_up(self, begin: Begin, limit: int | None) -> NamedDiskTier:
         point, self._run_id = self._point, begin.run_id
         tier = NamedDiskTier(self._home.data_path, run_id=begin.run_id, is_new=False, limit=limit)
         try:
             if tier.block_nbytes != begin.block:
-                raise StorageError(f"the disk wants blocks of {tier.block_nbytes} bytes; it had {begin.block}")
+                raise OddRecord(
+                    f"was written in blocks of {begin.block} bytes, and this disk wants {tier.block_nbytes}; go on "
+                    "with it on a disk such as it was begun on"
+                )
+            if point.count and bool(point.rows) != bool(self._source.rows(0, 0)):
+                raise OddRecord(f"says that there are {'' if point.rows else 'no '}rows, which cannot be")
+            if point.count and bool(point.standing) != (self._resumable.standing is not None):
+                raise OddRecord(f"says that there are {'' if point.standing else 'no '}sums, which cannot be")
             self._known = {key: place.sequence for key, place in point.items.items()}
             entered = tier.enter(self._renamed(point).items())
             self._own = {key for key in entered if key.kind in (Kind.RESTART, Kind.PARTS)}
@@ -195,9 +243,9 @@ class Keeper:
             self._journal = self._home.journal(begin.run_id)
             for stretch in point.rows:
                 # Only what is put back by this thread comes back in time, or not at all.
-                self._source.put_rows(stretch.start, stretch.stop, self._fetched(tier, stretch))
+                self._source.put_rows(stretch.start, stretch.stop, self._fetched(tier, stretch, "rows"))
             if point.standing is not None and self._resumable.standing is not None:
-                self._resumable.standing.put_standing(self._fetched(tier, point.standing))
+                self._resumable.standing.put_standing(self._fetched(tier, point.standing, "standing"))
         except BaseException:
             tier.close()
             raise
@@ -212,10 +260,15 @@ class Keeper:
         items.pop(Key(Kind.SNAPSHOT, 0), None)  # the caller has it
         return items
 
-    def _fetched(self, tier: NamedDiskTier, stretch: Stretch) -> list[Bytes]:
+    def _fetched(self, tier: NamedDiskTier, stretch: Stretch, what: str) -> list[Bytes]:
         found: list[list[Bytes]] = []
         self._aside_wait(lambda: found.append(self._parts(tier, stretch)))
-        return found[0]
+        if found[0][0].tobytes() != label(what, stretch.start, stretch.stop).tobytes():
+            raise odd(
+                self._home,
+                f"says that there are {what} of steps {stretch.start:,} to {stretch.stop:,}, where its data has others",
+            )
+        return found[0][1:]
 
     def _parts(self, tier: NamedDiskTier, stretch: Stretch) -> list[Bytes]:
         keys = stretch.names()
@@ -257,8 +310,9 @@ class Keeper:
         resumable = self._resumable
         self.begin = Begin(
             self._run_id,
-            resumable.fingerprint,
-            resumable.front,
+            {**resumable.fingerprint, **resumable.reached},
+            [],
+            None,
             resumable.extra,
             choice,
             costs,
@@ -269,13 +323,32 @@ class Keeper:
         )
         self._begin_header = points.begin_header(self.begin)
 
-    def attach(self, job: Job, stock: Stock, slot: Slot, *, window: int, keeps_all: bool, steps: int) -> DurableJob:
+    def check_plan(self, problem: Problem) -> None:
+        """Refuse a plan from the journal that cannot be one for this problem.  Raises `ResumeError`."""
+        assert self.begin is not None
+        fault = sense.of_plan_for(self.begin.choice, problem)
+        fault = fault or (None if self.begin.steps == problem.steps else f"that the run has {self.begin.steps:,} steps")
+        if fault is not None:
+            raise odd(self._home, f"says {fault}, which cannot be")
+
+    def attach(
+        self,
+        job: Job,
+        stock: Stock,
+        slots: tuple[Slot, Slot],
+        *,
+        nbytes: Mapping[Kind, int],
+        window: int,
+        keeps_all: bool,
+        steps: int,
+    ) -> DurableJob:
         """Join the run.
 
         Args:
             job: Whose steps are to be watched.
             stock: Of the run; is told what an earlier process has left.
-            slot: Room for one snapshot, for us to keep.
+            slots: Room for two snapshots: one for us to keep, and one only until we return.
+            nbytes: Of a snapshot, and of a residual block.
             window: Steps; restart points lie on multiples of it.
             keeps_all: Keep every restart point, because the plan itself stores none.
             steps: N.
@@ -283,7 +356,7 @@ class Keeper:
         Returns:
             The job to run in its place.
         """
-        self._job, self._stock, self._slot = job, stock, slot
+        self._job, self._stock, self._slot = job, stock, slots[0]
         self._window, self._keeps_all, self._steps = window, keeps_all, steps
         self._rows_from = max((stretch.stop for stretch in self._point.rows), default=0)
         self._adjoint_at = steps
@@ -292,8 +365,38 @@ class Keeper:
         self._final: Key | None = None
         point = self._point
         if point.count:
+            for key, place in point.items.items():
+                due = nbytes.get(Kind.SNAPSHOT if key.kind is Kind.RESTART else key.kind, place.written)
+                if place.written != due:
+                    raise odd(self._home, f"says that {key} has {place.written:,} bytes, where {due:,} are due")
+            self._prove(slots[1])
             self._tell(stock, point)
+        self._home.is_believed = True
         return DurableJob(job, self)
+
+    def _prove(self, spare: Slot) -> None:
+        """Run some steps again that an earlier process has run, to see that this one does the same."""
+        assert self.begin is not None
+        stored = {step: Key(Kind.SNAPSHOT, step) for step in self.snapshots}
+        stored |= {key.step: key for key in self._own if key.kind is Kind.RESTART}
+        forward, seconds = self.begin.costs.forward, self._resumable.seconds
+        ran = proof.prove(
+            proof.Again(self._job, self._source, (self._slot, spare), self._read_state),
+            stored,
+            self.begin.witness,
+            most=seconds / forward if forward else inf,
+        )
+        self.notes += [] if ran is None else [ran]
+
+    def _read_state(self, key: Key, slot: Slot) -> bool:
+        """Fill a slot with a stored state; False where it is lost.  Raises `StorageError` where none answers."""
+        try:
+            self._aside_wait(lambda: self.tier.read(key, slot.data))
+        except OSError as error:
+            if self._stuck is not None:  # the slot may still be filled
+                raise self._unreadable(error) from error
+            return False
+        return True
 
     def _tell(self, stock: Stock, point: Point) -> None:
         """What there is goes onto the shelves."""
@@ -313,6 +416,11 @@ class Keeper:
                 self._forget_adjoint(point)
                 stock.reached = max(self.snapshots, default=0)
         self.resumed_from = f"step {stock.reached:,} of the forward sweep" if self._final is None else "the turn"
+
+    @property
+    def run_id(self) -> bytes:
+        """Of the run."""
+        return self._run_id
 
     @property
     def reached(self) -> int:
@@ -336,6 +444,9 @@ class Keeper:
 
     def passed(self, step: int, *, turned: bool) -> None:
         """The working state is at `step`."""
+        header = self._begin_header
+        if header is not None and header["witness"] is None and not turned:
+            header["witness"] = {"state": step, "leaves": of_leaves(self._source.state())}
         if self._clock() < self._due or step % self._window or step >= self._steps:
             return
         if not turned:
@@ -379,8 +490,11 @@ class Keeper:
             )
         else:
             try:
-                adjoint = self._fetched(self.tier, point.adjoint)
-                bars = [(stretch, self._fetched(self.tier, stretch)) for stretch in point.bars]
+                adjoint = self._fetched(self.tier, point.adjoint, "adjoint")
+                bars = [(stretch, self._fetched(self.tier, stretch, "bars")) for stretch in point.bars]
+                has_begun = point.adjoint.start < self._steps
+                if has_begun and bool(bars) != bool(self._source.bars(self._steps, self._steps)):
+                    raise DamagedBlock("cotangents of rows are missing")
             except OSError as error:
                 self._fault(f"the adjoint cannot be read back, so the reverse sweep begins anew: {error}")
             else:
@@ -409,6 +523,9 @@ class Keeper:
             return
         if self._stuck is not None and not self._stuck.is_set():
             return
+        if self._is_lost():
+            return
+        self._leave_out_written()
         began = self._clock()
         fresh: list[Key] = []
         try:
@@ -426,6 +543,25 @@ class Keeper:
         self.seconds += now - began
         self._due = now + self._every
 
+    def _is_lost(self) -> bool:
+        """Whether the files are not where the next process would look for them."""
+        if not self._lost and not self._home.is_in_place(self._data):
+            self._lost = True
+            self._fault(
+                f"the run is no longer durable: its files in {self._home.directory} were moved, removed or replaced",
+                always=True,
+            )
+        return self._lost
+
+    def _leave_out_written(self) -> None:
+        """What steps have changed already is theirs to change, and no part of the fingerprint."""
+        header = self._begin_header
+        if header is None or header["written"] or not self._resumable.reached:
+            return
+        before, now = self._resumable.reached, self._resumable.reach()
+        header["written"] = written = [name for name in before if now.get(name) != before[name]]
+        header["fingerprint"] = {k: v for k, v in header["fingerprint"].items() if k not in written}
+
     def _collect(
         self, fresh: list[Key], *, state: int | None, reached: int | None, adjoint: bool, is_final: bool
     ) -> _Attempt:
@@ -434,10 +570,10 @@ class Keeper:
         point = replace(old, rows=list(old.rows), bars=list(old.bars), items={}, count=old.count + 1)
         blocks: list[tuple[Key, Bytes]] = []
 
-        def parts(arrays: list[Bytes], start: int, stop: int) -> Stretch | None:
+        def parts(what: str, arrays: list[Bytes], start: int, stop: int) -> Stretch | None:
             if not arrays:
                 return None
-            packed = pack(arrays)
+            packed = pack([label(what, start, stop), *arrays])
             stretch = Stretch(self._serial, len(packed), start, stop)
             self._serial += len(packed)
             for key, data in zip(stretch.names(), packed, strict=True):
@@ -450,15 +586,16 @@ class Keeper:
         if reached is not None:
             point.reached, point.turned = reached, is_final
             if reached > self._rows_from:
-                changes["rows"] = parts(source.rows(self._rows_from, reached), self._rows_from, reached)
+                changes["rows"] = parts("rows", source.rows(self._rows_from, reached), self._rows_from, reached)
             if self._resumable.standing is not None:
-                changes["standing"] = point.standing = parts(self._resumable.standing.standing(), reached, reached)
+                found = self._resumable.standing.standing()
+                changes["standing"] = point.standing = parts("standing", found, reached, reached)
         if adjoint and (old.adjoint is None or old.adjoint.start != self._adjoint_at):
-            changes["adjoint"] = point.adjoint = parts(source.adjoint(), self._adjoint_at, self._adjoint_at)
+            changes["adjoint"] = point.adjoint = parts("adjoint", source.adjoint(), self._adjoint_at, self._adjoint_at)
             point.seed = self._seed
             if self._adjoint_at < self._bars_from:
                 found = source.bars(self._adjoint_at, self._bars_from)
-                changes["bars"] = parts(found, self._adjoint_at, self._bars_from)
+                changes["bars"] = parts("bars", found, self._adjoint_at, self._bars_from)
         for kind in ("rows", "bars"):
             stretch = changes[kind]
             if stretch is not None:
@@ -472,7 +609,8 @@ class Keeper:
                 self._slot.guard.wait()
             blocks.append((key, self._slot.data))
         needed = self._needed(point, state)
-        return _Attempt(point, changes, blocks, [*self._stored(), *needed], fresh, tier.retired)
+        anew = old.adjoint is None
+        return _Attempt(point, changes, blocks, [*self._stored(), *needed], fresh, tier.retired, anew)
 
     def _needed(self, point: Point, state: int | None) -> list[Key]:
         """The items of our own that this point needs."""
@@ -515,7 +653,8 @@ class Keeper:
             self._journal.append(self._begin_header, self._resumable.extra)
             self._begin_header = None
             self._home.sync_directory()
-        self._journal.append(points.point_header(attempt.point, **attempt.changes), points.items_payload(new, gone))
+        header = points.point_header(attempt.point, anew=attempt.anew, **attempt.changes)
+        self._journal.append(header, points.items_payload(new, gone))
         attempt.sequences = {key: place.sequence for key, place in there.items()}
 
     def _settle_attempt(self, *, wait: bool) -> bool:
@@ -550,8 +689,8 @@ class Keeper:
             self._own.discard(key)
             self.tier.release(key)
 
-    def _fault(self, message: str) -> None:
-        if not self.faults:
+    def _fault(self, message: str, *, always: bool = False) -> None:
+        if always or not self.faults:
             warnings.warn(f"longtape: {message}", RuntimeWarning, stacklevel=3)
         self.faults.append(message)
 
@@ -567,13 +706,14 @@ class Keeper:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             attempt.abandoned = True
-        is_busy = attempt is not None or (self._stuck is not None and not self._stuck.is_set())
-        self._aside.close(0.0 if is_busy else self._stuck_seconds)
+        self._is_busy |= attempt is not None or (self._stuck is not None and not self._stuck.is_set())
+        self._aside.close(0.0 if self._is_busy else self._stuck_seconds)
 
     def finish(self) -> None:
         """The run has ended well: remove its files.  Before the tier is closed, which gives back their room."""
         self.stop()
-        left = self._home.remove()
+        self._is_lost()
+        left = self._home.remove(self._data)
         if left:
             self._fault(
                 f"{' and '.join(left)} could not be removed; remove what is left with "
@@ -582,8 +722,10 @@ class Keeper:
         self._home.close()
 
     def close(self) -> None:
-        """The run is given up: leave its files, to be gone on with."""
+        """The run is given up: leave its files, to be gone on with, if there is anything to go on from."""
         self.stop()
+        if self._begin_header is not None and not self._is_busy:
+            self._home.remove(self._data)
         self._home.close()
 
 

@@ -19,6 +19,11 @@ MOST_ARRAYS = 1 << 17
 """So that what is made of their sizes takes a few MiB, whatever a file says."""
 
 
+def label(what: str, start: int, stop: int) -> Bytes:
+    """Which steps the arrays are of, to go with them: what is read can then be held against what a journal says."""
+    return np.frombuffer(f"{what} {start} {stop}".encode(), np.uint8)
+
+
 def pack(arrays: Sequence[Bytes]) -> list[Bytes]:
     """Blocks that hold the arrays: first their sizes, then groups of them.
 

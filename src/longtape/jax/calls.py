@@ -11,9 +11,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import jax
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from longtape.compose import ALIGNMENT, PADDED_FROM, Hooks, Run, Settings, Traits, closed_if_it_fails
@@ -22,7 +24,7 @@ from longtape.durable.keeper import Resumable, found_begin
 from longtape.errors import UsageError
 from longtape.jax.arrays import Kind, empty, given, host, is_inexact, raw
 from longtape.jax.chunks import Chunks
-from longtape.jax.durable import DurableLoop, of_arrays, of_program
+from longtape.jax.durable import DurableLoop, of_arrays, of_program, reached
 from longtape.jax.job import LoopJob, VerifiedLoopJob
 from longtape.jax.traced import Traced
 from longtape.processes import require_independent
@@ -33,6 +35,9 @@ CHUNK_SHARE = 8
 """A chunk's residuals take at most this part of the memory budget, unless a single step takes more."""
 
 
+_PRECISION = ("enable_x64", "default_matmul_precision", "default_prng_impl")
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """Where a loop is made durable, and how often."""
@@ -40,6 +45,8 @@ class Where:
     directory: str | os.PathLike[str]
     name: str
     seconds: float
+    names: list[str]
+    """Of the leaves of the carry."""
 
 
 class Call:
@@ -179,6 +186,7 @@ class Call:
         has_storage = settings.disk is not None or settings.tier is not None
         steps = self._steps if has_storage else self.count(chunks, inputs)
         job = self.job(chunks, inputs, steps)
+        found = {} if home is None else self._reached(chunks)  # before a step is run
         state = max(1, job.fields.nbytes)
         padding = ALIGNMENT if state >= PADDED_FROM else 0
         room = parse_bytes(settings.memory) - state - padding - job.head_nbytes
@@ -201,15 +209,17 @@ class Call:
             notes=notes,
         )
         if home is not None:
-            settings = replace(settings, resumable=self._resumable(home, job, inputs))
+            settings = replace(settings, resumable=self._resumable(home, job, inputs, found))
         run = Run(job, traits, settings, measure=None if costs is None else lambda: costs)
         return run, job
 
-    def _resumable(self, home: Home, job: LoopJob, inputs: list[Any]) -> Resumable:
+    def _reached(self, chunks: Chunks) -> dict[str, str]:
+        return reached([self._traced.loop.step, *chunks.programs()])
+
+    def _resumable(self, home: Home, job: LoopJob, inputs: list[Any], found: dict[str, str]) -> Resumable:
         assert self._durable is not None
         loop, chunks = self._traced.loop, job.chunks
         _, consts, init, xs = self.parts(inputs)
-        wanted = [len(kinds) for kinds in (chunks.const_bars, chunks.carry_bars, chunks.x_bars)]
         fingerprint = {
             "front end": "longtape.jax.scan",
             "step": of_program(loop.step),
@@ -217,14 +227,18 @@ class Call:
             "set of constants": of_arrays(chunks.constants),
             "number of steps": str(self._steps),
             "direction": "reverse" if self._reverse else "forward",
-            "set of derivatives": str(wanted),
+            "set of wanted gradients (of closed-over arrays)": str(chunks.wanted[0]),
+            "set of wanted gradients (of xs)": str(chunks.wanted[1]),
             "number of steps compiled together, which follows from memory": str(chunks.size),
             "initial carry": of_arrays(init),
             "xs": of_arrays(xs),
             "set of parameters": of_arrays(consts),
-            "version of JAX": f"{jax.__version__} on {jax.default_backend()}",
+            "precision": str([getattr(jax.config, f"jax_{name}") for name in _PRECISION]),
+            "version of JAX": f"{jax.__version__}, jaxlib {version('jaxlib')}, on {jax.default_backend()}",
+            "version of NumPy": np.__version__,
         }
-        return Resumable(home, DurableLoop(job), fingerprint, seconds=self._durable.seconds)
+        source = DurableLoop(job, self._durable.names)
+        return Resumable(home, source, fingerprint, lambda: self._reached(chunks), found, seconds=self._durable.seconds)
 
     def tell_plan(self, run: Run) -> None:
         if self._hooks.on_plan is not None:

@@ -43,6 +43,8 @@ class Chunks:
         self, loop: Loop, wanted_consts: Sequence[bool] | None, wanted_x: Sequence[bool], most_nbytes: int
     ) -> None:
         self.loop = loop
+        self.wanted = list(wanted_consts or []), list(wanted_x)
+        """Which consts, and which leaves of x, get a cotangent."""
         self._step = core.jaxpr_as_fun(loop.step)
         consts, carry, x = loop.inputs
         self.consts, self.carry, self.x = [[Kind(aval) for aval in avals] for avals in (consts, carry, x)]

@@ -6,18 +6,19 @@ Implements `longtape.protocols.Durable` for a `LoopJob`.  On the executor's thre
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.extend import core
 
-from longtape.durable.fingerprints import of_bytes
+from longtape.durable.fingerprints import bounded, of_bytes
 from longtape.errors import DamagedBlock
 from longtape.jax.arrays import Array, Kind, copied, host, raw
 from longtape.jax.job import LoopJob
-from longtape.protocols import Bytes
+from longtape.protocols import Bytes, Slot
+from longtape.reach import digests
 
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 
@@ -37,14 +38,52 @@ def of_arrays(arrays: Sequence[Any]) -> str:
 def of_program(program: core.ClosedJaxpr) -> str:
     """A fingerprint of what a traced function does; where its parts lie in this process's memory is left out."""
     text = _ADDRESS.sub("", str(program.jaxpr))
-    return of_bytes([np.frombuffer(text.encode(), np.uint8), *(bytes_of(raw(made)) for made in program.consts)])
+    parts = [part for part in _parts(program) if isinstance(part, np.ndarray | jax.Array)]
+    return of_bytes([np.frombuffer(text.encode(), np.uint8), *(bytes_of(raw(array)) for array in parts)])
+
+
+def reached(programs: Iterable[core.ClosedJaxpr]) -> dict[str, str]:
+    """What the host functions that programs call back can reach, as it is now."""
+    found = [part for program in programs for part in _parts(program) if callable(part)]
+    return bounded(digests(found, bytes_of))
+
+
+def _parts(value: Any, *, called_back: bool = False) -> Iterator[Any]:
+    """The arrays within a program, which its text does not show whole, and the functions that it calls back."""
+    match value:
+        case core.ClosedJaxpr():
+            yield from value.consts
+            yield from _parts(value.jaxpr)
+        case core.Jaxpr():
+            for eqn in value.eqns:
+                for name, parameter in eqn.params.items():
+                    yield from _parts(parameter, called_back="callback" in name)
+        case tuple() | list():
+            for item in value:
+                yield from _parts(item, called_back=called_back)
+        case np.ndarray() | jax.Array():
+            yield value
+        case _ if called_back and callable(value):
+            yield value
 
 
 class DurableLoop:
     """The `Durable` of a loop whose length is known."""
 
-    def __init__(self, job: LoopJob) -> None:
-        self._job = job
+    def __init__(self, job: LoopJob, names: Sequence[str]) -> None:
+        self._job, self._names = job, names
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        """The carry."""
+        return [(name, bytes_of(leaf)) for name, leaf in zip(self._names, self._job.carry, strict=True)]
+
+    def run_again(self, start: int, stop: int) -> None:
+        """The ys are there, and written no more."""
+        self._job.advance(start, stop)
+
+    def put_initial(self, slot: Slot) -> None:
+        """The caller's init is still there."""
+        self._job.load_initial()
 
     # Forward ---------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def scan(
             ``"64MiB"``.  The working set of a chunk of steps is not counted (its residuals
             take no more than an eighth of `memory`, or those of one step), nor are `xs`, the
             stacked ys and the gradients returned.
-        disk: Directory for a private scratch file; None recomputes within memory.
+        disk: Existing directory for a private scratch file; None recomputes within memory.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
@@ -77,11 +77,14 @@ def scan(
             time, bit for bit.  Steps then run one by one, and take a hash and 8 bytes a leaf more.
             In a scan that is resumed, states of the process before were not seen.
         stuck_seconds: Wait no longer than this for storage; what it does not deliver is recomputed.
-        resume: Directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
+        resume: Existing directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
             power or an exception, the same call goes on where they were: a scan whose forward
             sweep had ended returns at once, and its reverse sweep, for the same cotangents, goes on
             below what it had done.  The files are removed when it has ended.  Where no derivative
-            is taken nothing is made durable.
+            is taken nothing is made durable.  A scan that was begun with another program, other arrays,
+            inputs or wanted gradients, or host functions of `jax.pure_callback` that reach something
+            else, is refused, and so is one whose steps, a few of which are run again, do other than
+            they did.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
         independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
@@ -112,7 +115,7 @@ def scan(
     parse_bytes(memory)
     seconds = check_seconds(resume_seconds)
     if resume is not None:
-        refuse_resuming(steps=0, tier=tier, compress=None)
+        refuse_resuming(steps=0, tier=tier, compress=None, disk=disk)
 
     def call(init: Any, xs: Any) -> Any:
         return lax.scan(f, init, xs, length=length, reverse=reverse)
@@ -123,7 +126,7 @@ def scan(
     title = f"scan of {getattr(f, '__name__', type(f).__name__)}"
     steps = traced.eqn.params["length"]
     hooks, names = Hooks(on_plan, on_report), _names(init) if verify else None
-    durable = None if resume is None else Where(resume, name, seconds)
+    durable = None if resume is None else Where(resume, name, seconds, _names(init))
     result = Call(traced, title, settings, hooks, steps, reverse=reverse, names=names, durable=durable).run()
     return result  # type: ignore[no-any-return]
 

@@ -263,6 +263,18 @@ class InPlaceJob:
         self.reset(self._fields.views(slot))
         self._loaded, self.replays.kept = True, None
 
+    def run_again(self, start: int, stop: int) -> None:
+        """Run steps that were run before; neither outputs nor checks see them."""
+        while start < stop:
+            end = start + 1 if self.by_steps else self.outputs.end(start, stop)
+            with self.outputs.undone(start, end):
+                start = self.run(start, end)
+
+    def put_initial(self, slot: Slot) -> None:
+        """State 0, of which the slot has a copy, is the working state as if nothing had been run."""
+        self.reset(self._fields.views(slot))
+        self._loaded, self._step, self.replays.kept = True, 0, 0
+
     def yield_slot(self, slot: Slot) -> Slot:
         return slot
 

@@ -14,13 +14,13 @@ import contextlib
 import errno
 import fcntl
 import os
-import stat
 from dataclasses import dataclass, replace
 
 from longtape.errors import StorageError, UsageError
 from longtape.tiers import linux
 from longtape.tiers.aligned import map_aligned
 from longtape.tiers.openfile import OpenFile, open_file
+from longtape.tiers.owned import open_owned
 
 _IN_MEMORY = frozenset({"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"})
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -85,20 +85,19 @@ def open_named(path: str, *, is_new: bool, direct: bool | None = None) -> Scratc
 
     Args:
         path: Of the file, in a directory that exists.
-        is_new: Make it, private to the user; else it must be there, and keeps what is in it.
+        is_new: Make it, private to the user; else it must be there, this user's alone, and keeps what is in it.
         direct: As in `open_scratch`.
 
     Raises:
         UsageError: The directory cannot be used, or direct I/O was demanded in vain.
-        StorageError: The file cannot be opened, or is no file.
+        ResumeError: The file that is there is not this user's alone.
+        StorageError: The file cannot be opened.
     """
     trial = open_scratch(os.path.dirname(path), direct=direct)
     try:
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
-        file = open_file(path, flags | (os.O_CREAT | os.O_EXCL if is_new else 0))
+        new = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        file = open_file(path, new) if is_new else open_owned(path)
         try:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is no regular file")
             _set_direct(file.fileno(), on=trial.direct)
             if not trial.direct:
                 _expect_no_order(file.fileno())

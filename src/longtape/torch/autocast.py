@@ -32,6 +32,9 @@ class Ambient:
         self.defaults = Defaults()
         self.is_trivial = not any(enabled for _, _, enabled in self._settings)
 
+    def __str__(self) -> str:
+        return str([] if self.is_trivial else self._settings)
+
     def __call__(self) -> ExitStack:
         """Enter it around a step, or around a sweep whose graphs hold the casts."""
         stack = self.defaults.restored()

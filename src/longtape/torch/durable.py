@@ -12,13 +12,20 @@ import numpy as np
 import torch
 from xxhash import xxh3_64_intdigest
 
-from longtape.durable.fingerprints import of_bytes
+from longtape.durable.fingerprints import bounded, of_bytes, of_code
 from longtape.errors import DamagedBlock, StorageError
-from longtape.protocols import Bytes
+from longtape.protocols import Bytes, Slot
+from longtape.reach import digests
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.job import ScanJob
-from longtape.torch.structure import Leaves
+from longtape.torch.structure import Leaves, Structure
 from longtape.torch.tape import Cotangent
+
+WAY, RANDOM = "way of running the step", "drawing of random numbers"
+"""Of the fingerprint: what the process that begins finds out, and others go by."""
+
+MOST_X, SAMPLED_X = 64, 50
+"""So many x that are read lazily are all looked at; of more, about so many."""
 
 _DTYPES = sorted((d for d in vars(torch).values() if isinstance(d, torch.dtype)), key=str)
 
@@ -43,11 +50,88 @@ def _tensor(data: Bytes, like: torch.Tensor, device: torch.device | None = None)
     return torch.from_numpy(own).view(like.dtype).reshape(like.shape).to(device)
 
 
-class DurableScan:
-    """The `Durable` of a scan job whose first steps were rehearsed."""
+def _content(array: Any) -> Bytes:
+    """The bytes of anything that has a shape and a dtype."""
+    if not isinstance(array, torch.Tensor):
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    if array.is_meta:
+        return np.empty(0, np.uint8)
+    if array.is_nested:
+        array = torch.cat([part.detach().reshape(-1) for part in array.unbind()])
+    return bytes_of(array if array.layout is torch.strided else array.detach().to_dense())
 
-    def __init__(self, job: ScanJob) -> None:
-        self._job = job
+
+def reached(step: Any) -> dict[str, str]:
+    """Fingerprints of what a step can reach, as it is now."""
+    return bounded(digests([step], _content))
+
+
+def fingerprint(step: Any, job: ScanJob, init: Leaves, carry: Structure) -> dict[str, str]:
+    """What must be the same beside it, of a job whose first steps were rehearsed."""
+    inputs, closed = job.inputs, job.stepper.closed_over()
+    precision = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    return {
+        "front end": "longtape.torch.scan",
+        "step": f"{getattr(step, '__module__', '')}.{getattr(step, '__qualname__', type(step))}",
+        "code of the step": of_code(step, getattr(type(step), "forward", None)),
+        "number of steps": str(job.steps),
+        "structure of the carry": f"{carry.spec} {[(str(t.dtype), list(t.shape)) for t in init]}",
+        "initial carry": of_bytes(map(bytes_of, init)),
+        "xs": of_bytes(map(bytes_of, [*inputs.stacked, *_sampled(job)])),
+        "set of parameters": of_bytes(map(bytes_of, closed)),
+        "set of wanted gradients (of init)": str([leaf.requires_grad for leaf in init]),
+        "set of wanted gradients (of xs)": str([leaf.requires_grad for leaf in inputs.stacked]),
+        "set of wanted gradients (of closed-over tensors)": str([list(tensor.shape) for tensor in closed]),
+        "random numbers at the start": of_bytes([job.randomness.at_start.numpy()]) if job.randomness.used else "",
+        "default dtype": str(torch.get_default_dtype()),
+        "precision": str(precision),
+        "version of PyTorch": torch.__version__,
+        "version of NumPy": np.__version__,
+    }
+
+
+def _sampled(job: ScanJob) -> Leaves:
+    """Some x of inputs that are read lazily, types and shapes included."""
+    if job.inputs.stacked or not job.steps:
+        return []
+    last = job.steps - 1
+    chosen = (
+        range(job.steps) if last < MOST_X else sorted({round(k * last / (SAMPLED_X - 1)) for k in range(SAMPLED_X)})
+    )
+    found: Leaves = []
+    for step in chosen:
+        leaves = job.inputs.leaves(step)
+        kinds = str([(str(leaf.dtype), list(leaf.shape)) for leaf in leaves])
+        found += [torch.frombuffer(bytearray(kinds.encode()), dtype=torch.uint8), *leaves]
+    return found
+
+
+class DurableScan:
+    """The `Durable` of a scan job whose first steps were rehearsed.
+
+    Args:
+        job: Of the scan.
+        names: What the leaves of the carry are called.
+    """
+
+    def __init__(self, job: ScanJob, names: Sequence[str]) -> None:
+        self._job, self._names = job, names
+
+    def state(self) -> list[tuple[str, Bytes]]:
+        """The carry, and the state of the generators where steps draw from them."""
+        job = self._job
+        found = [(name, bytes_of(leaf)) for name, leaf in zip(self._names, job.carry, strict=True)]
+        return (
+            [*found, ("state of random generators", bytes_of(job.randomness.state()))] if job.randomness.used else found
+        )
+
+    def run_again(self, start: int, stop: int) -> None:
+        """The ys are there, and written no more."""
+        self._job.advance(start, stop)
+
+    def put_initial(self, slot: Slot) -> None:
+        """The caller's init is still there."""
+        self._job.load_initial()
 
     # Forward ---------------------------------------------------------------------------------
 
@@ -108,7 +192,7 @@ class DurableScan:
         given = [None if bar is None else bar for bar in [*carry, *ys]]
         if any(isinstance(bar, torch.Tensor) and bar.layout is not torch.strided for bar in given):
             return None
-        there = np.array([bar is not None for bar in given], np.uint8)
+        there = np.array([bar is not None for bar in [*given, *self._job.xs_bar]], np.uint8)
         return of_bytes([there, *(bytes_of(bar) for bar in given if isinstance(bar, torch.Tensor))])
 
     def adjoint(self) -> list[Bytes]:

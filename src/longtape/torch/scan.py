@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +25,8 @@ from longtape.compose import (
     refuse_lossy_verification,
     refuse_resuming,
 )
-from longtape.durable.fingerprints import of_bytes, of_code
 from longtape.durable.home import Home
-from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, found_begin
+from longtape.durable.keeper import DEFAULT_SECONDS, Resumable, check_seconds, forget, found_begin
 from longtape.errors import StateError, UsageError
 from longtape.plan.choose import Choice
 from longtape.processes import require_independent
@@ -39,7 +39,7 @@ from longtape.torch.believed import Believed
 from longtape.torch.blocks import RoomExceeded
 from longtape.torch.captured import CapturedSteps
 from longtape.torch.devices import device_of
-from longtape.torch.durable import DurableScan, bytes_of
+from longtape.torch.durable import RANDOM, WAY, DurableScan, fingerprint, reached
 from longtape.torch.eager import Cotangents, EagerStep, GradientWanted, differentiable
 from longtape.torch.empty import scan_nothing
 from longtape.torch.graphs import CaptureFailed
@@ -124,7 +124,7 @@ def scan(
         host_memory: For a carry on a CUDA device: most bytes of pinned host memory behind it, from and
             to which items are copied while the steps run.  None: none, or with `disk` as little as
             a way there needs.  The device is experimental, see ``docs/gpu.md``.
-        disk: Directory for a private scratch file; None recomputes within memory.
+        disk: Existing directory for a private scratch file; None recomputes within memory.
         disk_limit: Most bytes of it.
         observers: Objects with `on_action` and `on_transfer`.
         tier: Storage to use in place of a scratch file; left empty and open, for its owner to close.
@@ -145,11 +145,15 @@ def scan(
         compile: Hand the captured graphs to PyTorch's compiler, which fuses operators: quicker where they are
             small, after a minute or so of compiling.  Needs a C++ compiler, and implies ``capture=True``;
             results differ from the step's own in the last bits.
-        resume: Directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
+        resume: Existing directory that makes the sweeps durable, in place of `disk`.  After a kill, a loss of
             power or an exception, the same call goes on where they were: a scan whose forward
             sweep had ended returns at once, and backward, for the same cotangents, goes on below
             what it had done.  The files are removed when backward has ended.  Without a gradient
-            nothing is made durable.
+            nothing is made durable.  A scan that was begun with anything else the step can reach
+            (closures, defaults, globals, helpers, attributes, tensors and arrays by content), other
+            inputs or other wanted gradients is refused, and so is one whose steps, a few of which are
+            run again, do other than they did.  Of `xs` read lazily the first, the last and some 50
+            between are looked at, all if they are not more than 64; of installed packages nothing is.
         resume_seconds: Work that may be lost.
         name: Finds the scan again among others in the directory.
         independent: The ranks are independent: no step communicates.  Without it, a run beside other ranks of MPI,
@@ -200,7 +204,7 @@ def scan(
     call.use_graphs(capture, compiles=compile, pays=steps >= CAPTURED_FROM)
     seconds = check_seconds(resume_seconds)
     if resume is not None:
-        refuse_resuming(steps=steps, tier=tier, compress=compress)
+        refuse_resuming(steps=steps, tier=tier, compress=compress, disk=disk)
         if where.device is not None:
             raise UsageError("a scan on a device cannot be resumed yet; leave out resume, or move the carry to the CPU")
         call.durable = _Durable(resume, name, seconds)
@@ -300,6 +304,8 @@ class Call:
         self.roots: Sequence[Any] = [step]
         self.closed: Leaves = []
         self.pending: _Pending | None = None
+        self._reached: dict[str, str] = {}
+        self._run_id: bytes | None = None
 
     def use_graphs(self, capture: bool | None, *, compiles: bool, pays: bool) -> None:
         """Say whether to run captured graphs, and which; None where it pays.
@@ -316,6 +322,8 @@ class Call:
         self.exactly, self.compiles = not asked, compiles
 
     def run(self) -> tuple[Any, Any]:
+        if self.durable is not None:
+            self._reached = reached(self._step)  # before a step is run
         self.believed = Believed(self.roots, self.init, self.inputs)
         if not self._wants_gradient():
             job = self._new_job()
@@ -404,8 +412,8 @@ class Call:
         try:
             begun = None if home is None else found_begin(home)
             if begun is not None:
-                self.captures = self.captures and begun.front.get("captures") is not False
-                if begun.front.get("random") is True:
+                self.captures = self.captures and begun.fingerprint.get(WAY) != "as it is"
+                if begun.fingerprint.get(RANDOM) == "drawn":
                     self._randomness.go_back(begun.extra)
             return self._forward_in(home)
         except BaseException:
@@ -428,7 +436,8 @@ class Call:
                 pass  # a step took another path; the graphs now know how much room it needs
             if home is not None:
                 home.reopen()
-                home.clear()
+                if home.is_believed:
+                    home.clear()
         self.captures = False
         self._notes.append("the step is run as it is, because it takes another path again and again")
         job = self._new_job()
@@ -475,6 +484,7 @@ class Call:
             if home is not None:
                 settings = replace(settings, resumable=self._resumable(job, home))
             run = Run(job, traits, settings, measure=lambda: costs)
+            self._run_id = run.run_id
             pending = _Pending(run, job)
             with closed_if_it_fails(run):
                 if self._hooks.on_plan is not None:
@@ -494,22 +504,22 @@ class Call:
         job.rehearse()
         assert self.durable is not None
         captures = isinstance(job.stepper, CapturedSteps)
-        way = "compiled" if self.compiles else "captured"
-        fingerprint = {
-            "front end": "longtape.torch.scan",
-            "step": f"{getattr(self._step, '__module__', '')}.{getattr(self._step, '__qualname__', type(self._step))}",
-            "code of the step": of_code(self._step, getattr(type(self._step), "forward", None)),
-            "way of running the step": way if captures else "as it is",
-            "number of steps": str(self.steps),
-            "structure of the carry": f"{self._carry.spec} {[(str(t.dtype), list(t.shape)) for t in self.init]}",
-            "initial carry": of_bytes(map(bytes_of, self.init)),
-            "xs": of_bytes(map(bytes_of, [*self.inputs.stacked, *self.inputs.leaves(0)])),
-            "set of parameters": of_bytes(map(bytes_of, job.stepper.closed_over())),
-            "version of PyTorch": torch.__version__,
+        way = "as it is" if not captures else "compiled" if self.compiles else "captured"
+        found = fingerprint(self._step, job, self.init, self._carry) | {
+            WAY: way,
+            RANDOM: "drawn" if self._randomness.used else "none",
+            "autocast": str(self._ambient),
         }
-        front = {"captures": captures, "random": self._randomness.used}
         start = self._randomness.at_start.numpy().tobytes()
-        return Resumable(home, DurableScan(job), fingerprint, front, start, self.durable.seconds)
+        return Resumable(
+            home,
+            DurableScan(job, paths(self._carry.build(self.init), "carry")),
+            found,
+            partial(reached, self._step),
+            self._reached,
+            start,
+            self.durable.seconds,
+        )
 
     @graph_break
     def reverse(self, carry_bar: Cotangents, ys_bar: Cotangents, wants: list[bool]) -> list[torch.Tensor | None]:
@@ -540,10 +550,8 @@ class Call:
             # What was pulled back so far is dropped with its job, and the sweeps are run again.
             self.captures = False
             self._notes.append(f"the sweeps were run again without captured graphs: {error}")
-            if self.durable is not None:
-                home = Home(self.durable.directory, self.durable.name)
-                home.clear()
-                home.close()
+            if self.durable is not None and self._run_id is not None:
+                forget(self.durable.directory, self.durable.name, self._run_id)
             return self._reverse(carry_bar, ys_bar, wants)
 
     def _reverse(
