@@ -111,14 +111,14 @@ def test_unknown_length_is_thinned(scratch: Path, free: Callable[..., None]) -> 
 
 def test_a_run_that_can_be_resumed(tmp_path: Path, free: Callable[..., None]) -> None:
     free(20 * ITEM)
-    sweep = run(resume=tmp_path / "runs", costs=None)
+    sweep = run(resume=tmp_path, costs=None)
     assert sweep.plan.prediction.peak_disk_bytes <= 19 * ITEM
     assert sweep.report.measured.peak_disk_bytes <= 19 * ITEM
 
 
 def test_what_a_resumed_run_has_is_not_asked_for_again(tmp_path: Path, free: Callable[..., None]) -> None:
     """Its file fills the disk; it goes on in it."""
-    where, model = tmp_path / "runs", Chaotic(SIZE)
+    where, model = tmp_path, Chaotic(SIZE)
     first = Sweep(model, STEPS, memory=6 * nbytes(), resume=where, resume_seconds=1e-3)
     first.forward()
     first.close()
