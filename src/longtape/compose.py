@@ -66,6 +66,9 @@ MOST_SMALL_NBYTES = 1 << 20
 _PATIENCE_SECONDS = 1.0
 """How long idle workers may take to end."""
 
+DURABLE_STATES = 4
+"""Room on storage that a plan leaves to a run that can be resumed: two restart points, the final state, an adjoint."""
+
 TRIAL_SHARE, MOST_TRIAL_SECONDS = 0.005, 0.2
 """Windows are tried beside storage for this share of the predicted time each way, and no longer than these seconds."""
 
@@ -457,10 +460,14 @@ class Run:
         )
 
     def _disk_limit(self) -> int | None:
-        """Most bytes on storage: the stated limit, and what is free there."""
+        """Most bytes on storage: the stated limit, and what is free there, less what makes a run durable."""
         stated = self._settings.disk_limit
         limits = (None if stated is None else parse_bytes(stated), getattr(self._tier, "limit", None))
-        return min((nbytes for nbytes in limits if nbytes is not None), default=None)
+        limit = min((nbytes for nbytes in limits if nbytes is not None), default=None)
+        if limit is None or self._keeper is None:
+            return limit
+        state = self._stored_nbytes(self._item_nbytes(self._traits.state_nbytes))
+        return max(state, limit - DURABLE_STATES * state)
 
     def _room_on_disk(self) -> int | None:
         """That limit, less what the headers of snapshots take of it."""

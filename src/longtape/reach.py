@@ -36,8 +36,11 @@ _ALWAYS_NAMED = frozenset({"__call__", "forward", "training"})
 
 _NEVER_CALLED = frozenset({"__init__", "__new__", "__repr__", "__str__", "__del__", "__init_subclass__"})
 
-_OPAQUE = ("logging", "threading", "tqdm")
-"""Packages whose objects say what a program does, not what it computes; a logger leads to all others."""
+_OPAQUE = ("logging.", "threading.", "torch.amp.", "tqdm.")
+"""Packages whose objects say what a program does, not what it computes; a logger leads to all others.
+
+Blocks of autocast note in themselves what they put back.
+"""
 
 _PLAIN = (
     type(None), bool, int, float, complex, str, bytes, slice, range, type(Ellipsis), enum.Enum, np.generic, np.dtype,
@@ -251,7 +254,7 @@ class _Walk:
                 self._add(f"{path} → {base.__name__}", base)
 
     def _object(self, path: str, value: Any) -> None:
-        if type(value).__module__.partition(".")[0] in _OPAQUE:
+        if f"{type(value).__module__}.".startswith(_OPAQUE):
             return
         kind, attributes = type(value), getattr(value, "__dict__", None)
         for name in ("__wrapped__", "py_func"):  # compiled by JAX, Numba and others

@@ -7,10 +7,12 @@ first step and about a quarter of a second more: of a step that takes that long 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 from longtape.actions import Kind
 from longtape.errors import ReplayError
+from longtape.known import KnownState
 from longtape.measure import JobCosts
 from longtape.model.job import InPlaceJob, not_as_asked
 from longtape.model.protocol import RESIDUAL_ALIGNMENT, Array, can_record, residual_stride
@@ -83,22 +85,22 @@ class FirstSteps:
             self.notes.append("the first step changed no byte of model.state")
         if seconds > MOST_SECONDS:
             return seconds
-        once = job.hashes()
+        once = KnownState(job.live())
         seconds, _ = self._run(0, 1)
         self._check_repeats(once)
         if seconds >= QUICK_SECONDS or self._steps < 2:
             return seconds
         found = [seconds, self._run(1, 2)[0]]
         if job.runs_ranges:
-            singly = job.hashes()
+            singly = KnownState(job.live())
             found.append(self._run(0, 2)[0])
-            if leaf := _difference(singly, job.hashes()):
+            if leaf := _difference(singly, job.live()):
                 raise not_as_asked(0, 2, leaf)
         job.by_steps = False
         return median(found)
 
-    def _check_repeats(self, before: list[int]) -> None:
-        if leaf := _difference(before, self._job.hashes()):
+    def _check_repeats(self, before: KnownState) -> None:
+        if leaf := _difference(before, self._job.live()):
             raise ReplayError(
                 f"step 0 does not do the same each time: run again from the same state, it gave another {leaf}. A "
                 "sweep runs most steps again; make the step depend on model.state, its number and constants alone, "
@@ -201,7 +203,6 @@ def _block(nbytes: int) -> Slot:
     return Slot(map_aligned(nbytes, RESIDUAL_ALIGNMENT)[1])
 
 
-def _difference(before: list[int], now: list[int]) -> str | None:
-    """The first array that is another one."""
-    differs = (f"state[{index}]" for index, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
-    return next(differs, None)
+def _difference(before: KnownState, now: Sequence[Array]) -> str | None:
+    """The first array that is another one, rounding aside."""
+    return next((f"state[{index}]" for index in before.differing(now)), None)

@@ -1,7 +1,8 @@
 """Checks that steps give the same states when the reverse sweep runs them again.
 
-Owns the hashes of a few states of the forward sweep that no snapshot keeps, so that they have to be
-computed again.  Always on: some eight hashes a sweep.  `Witness` compares every state, where the caller asks for it.
+Owns what is remembered of a few states of the forward sweep that no snapshot keeps, so that they have to be
+computed again.  Always on: some eight hashes a sweep, and rounding is allowed.  `Witness` compares every state bit
+for bit, where the caller asks for it.
 
 Invariant: a state is noted only where the reverse sweep must pass through it, which is where a window starts.
 """
@@ -12,8 +13,8 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from longtape.errors import ReplayError
-from longtape.model.protocol import Array, bytes_of
-from longtape.witness import hashes_of
+from longtape.known import KnownState
+from longtape.model.protocol import Array
 
 MOST_NOTED = 4
 """States noted at the beginning of the sweep; beside them, the last one that is not kept."""
@@ -34,8 +35,8 @@ class Replays:
         self.kept: int | None = 0
         """The state that was kept last; None: the one that is live was loaded."""
         self._left = MOST_NOTED
-        self._known: dict[int, list[int]] = {}
-        self._initial: list[int] | None = None
+        self._known: dict[int, KnownState] = {}
+        self._initial: KnownState | None = None
         self._watches = True
         self._ran = False
         self.turned = False
@@ -50,7 +51,7 @@ class Replays:
             return None
         kept, self.kept = start if self.kept is None else self.kept, start
         if start == 0:
-            self._initial = self._hashes()
+            self._initial = KnownState(self._live())
         if not self._watches or not (self._left or stop == self._steps):
             return None
         last = (stop - 1) // self.window * self.window
@@ -63,7 +64,7 @@ class Replays:
     def note(self, state: int) -> None:
         """The working state is `state`, which no snapshot keeps."""
         self._left = max(0, self._left - 1)
-        self._known[state] = self._hashes()
+        self._known[state] = KnownState(self._live())
 
     def passed(self, state: int) -> None:
         """Steps have led to `state`."""
@@ -74,7 +75,7 @@ class Replays:
     def turn(self) -> None:
         """The forward sweep has ended."""
         self.turned = True
-        if self._ran and self._initial is not None and self._initial == self._hashes():
+        if self._ran and self._initial is not None and self._initial.is_same(KnownState(self._live())):
             warnings.warn(
                 "longtape: the final state is the initial one, bit for bit; if steps should have changed it, "
                 "check that they update the arrays in model.state in place",
@@ -82,18 +83,13 @@ class Replays:
                 stacklevel=2,
             )
 
-    def _hashes(self) -> list[int]:
-        return hashes_of([bytes_of(array) for array in self._live()])
-
     def _compare(self, state: int) -> None:
-        before, now = self._known.pop(state), self._hashes()
-        for index, (then, again) in enumerate(zip(before, now, strict=True)):
-            if then != again:
-                raise ReplayError(
-                    f"state {state} is another one when the reverse sweep computes it again: state[{index}] differs. "
-                    "The gradient would be that of other steps. Either something that the steps read has changed since "
-                    "forward(), such as an attribute of the model, or advance() counts its calls or does not run "
-                    "exactly the steps that it is asked for; verify=True finds the first such step",
-                    step=state - 1,
-                    leaf=f"state[{index}]",
-                )
+        for index in self._known.pop(state).differing(self._live()):
+            raise ReplayError(
+                f"state {state} is another one when the reverse sweep computes it again: state[{index}] differs. "
+                "The gradient would be that of other steps. Either something that the steps read has changed since "
+                "forward(), such as an attribute of the model, or advance() counts its calls or does not run "
+                "exactly the steps that it is asked for; verify=True finds the first such step",
+                step=state - 1,
+                leaf=f"state[{index}]",
+            )

@@ -9,12 +9,15 @@ it is emptied around them: a step may enter an autocast of its own, which switch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 
 from longtape.torch.defaults import Defaults
+
+without_autocast: Callable[[], AbstractContextManager[None]] = torch._C._DisableAutocast
+"""Around a backward pass, whose operators have their dtypes already."""
 
 
 class Ambient:

@@ -16,6 +16,7 @@ import torch
 from longtape.errors import StepError
 from longtape.protocols import Bytes
 from longtape.torch.agreement import disagreement, outcome
+from longtape.torch.autocast import without_autocast
 from longtape.torch.blocks import Block
 from longtape.torch.capture import CapturedStep, rng_states, set_back
 from longtape.torch.eager import Cotangents, EagerStep, ones_like
@@ -116,7 +117,8 @@ class CapturedSteps:
         block = self.spare_block()
         new_carry, y, number = self.record(index, carry, x, block, 0)
         ones = ones_like([*new_carry, *y])
-        bars = self.pull_back(number, block, 0, x, list(ones[: len(new_carry)]), list(ones[len(new_carry) :]))
+        with without_autocast():
+            bars = self.pull_back(number, block, 0, x, list(ones[: len(new_carry)]), list(ones[len(new_carry) :]))
         return new_carry, y, totals(bars[0]), totals(bars[1])
 
     def _trust(self, index: int, carry: Leaves, x: Leaves) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from longtape.errors import StepError
-from longtape.torch.autocast import Ambient
+from longtape.torch.autocast import Ambient, without_autocast
 from longtape.torch.closures import Closures, Created
 from longtape.torch.compiling import uncompiled
 from longtape.torch.contract import another_structure, is_dense, no_array, not_a_pair
@@ -216,7 +216,8 @@ class EagerStep:
         self.begin_reverse(self.closed_over())
         _, tape = self.tape(index, carry, x)
         ones = ones_like(tape.carry_out + tape.y_out)
-        bars = self.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
+        with without_autocast():
+            bars = self.pull_back(tape, ones[: len(tape.carry_out)], ones[len(tape.carry_out) :])
         return tape.carry_out, tape.y_out, *bars
 
     # Adjoint ---------------------------------------------------------------------------------
