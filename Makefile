@@ -1,6 +1,7 @@
 # make demo    see it work: trains a small character model through a long sequence
 # make demo-jax  the same in JAX: finds the source of a tsunami from tide gauges
 # make test    every check: lint, format, types, import layers, tests
+# make test-slow  the tests that `make test` leaves out, which take long: kills, campaigns, 200 optimiser steps
 # make bench   the measured figures of the README (long; needs a quiet machine)
 # make bench-gpu  the figures of a CUDA device, on a machine that has one (docs/gpu.md)
 # Each needs only Python 3.11 or newer with pip, and make.
@@ -10,7 +11,7 @@ BIN := .venv/bin
 STAMP := .venv/installed
 BENCH_STAMP := .venv/installed-bench
 
-.PHONY: help venv demo demo-jax test lint types layers pytest format bench bench-gpu clean
+.PHONY: help venv demo demo-jax test test-slow lint types layers pytest pytest-edges pytest-rest format bench bench-gpu clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -41,8 +42,21 @@ types: venv
 layers: venv
 	$(BIN)/lint-imports
 
+# Two halves side by side: many tests wait, for a killed process, a slow disk or a thread.  Each has a directory for
+# temporary files of its own, in which it looks for what tests leave behind.
 pytest: venv
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target pytest-edges pytest-rest
+
+pytest-edges: venv
+	export TMPDIR=$$(mktemp -d) && $(BIN)/python -m pytest -m "not slow" tests/edges tests/torch; \
+	    code=$$?; rm -rf "$$TMPDIR"; exit $$code
+
+pytest-rest: venv
+	export TMPDIR=$$(mktemp -d) && $(BIN)/python -m pytest -m "not slow" --ignore=tests/edges --ignore=tests/torch; \
+	    code=$$?; rm -rf "$$TMPDIR"; exit $$code
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
 
 format: venv
 	$(BIN)/ruff check --fix .
