@@ -169,7 +169,8 @@ def test_a_replay_that_takes_too_long_is_given_up(monkeypatch: pytest.MonkeyPatc
     assert run(Slow(SIZE), 400, memory=6 * STATE, tier=slow_tier(1e-3), costs=told(1e-3)).report.simulated is None
 
 
-def test_with_storage_the_replayed_plan_is_near_the_run() -> None:
+def test_with_storage_the_replayed_plan_is_near_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtape.retrospect.LEAST_REPLAY_SECONDS", 10.0)  # however slow this machine is
     report = run(Slow(SIZE), 400, memory=6 * STATE, tier=slow_tier(1e-3), costs=told(1e-3)).report
     assert report.simulated is not None
     # The model knows no cost of the executor, nor other work of the machine.

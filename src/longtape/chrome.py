@@ -13,7 +13,6 @@ import gzip
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from longtape.report import Report
@@ -66,7 +65,7 @@ def write_chrome_trace(trace: Happened, path: str | os.PathLike[str], *, report:
     """
     document: dict[str, Any] = {"traceEvents": list(events(trace)), "displayTimeUnit": "ms"}
     if report is not None:
-        document["otherData"] = asdict(report)
+        document["otherData"] = report.to_dict()
     text = json.dumps(document, separators=(",", ":"), allow_nan=False)
     if os.fspath(path).endswith(".gz"):
         with gzip.open(path, "wt", encoding="utf-8") as file:

@@ -222,13 +222,17 @@ class Report:
     trace: Trace | None = field(default=None, repr=False, compare=False)
     """What happened when; neither printed nor written as JSON."""
 
-    def to_json(self) -> str:
-        """One line of JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """All but the trace, as JSON can hold it."""
         found = asdict(replace(self, trace=None))
         del found["trace"]
         if self.costs is not None:  # what takes no time has an infinite speed, for which JSON has no word
             found["costs"] = {name: value for name, value in found["costs"].items() if value != inf}
-        return json.dumps(found)
+        return found
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
 
     def append_to(self, path: str | os.PathLike[str]) -> None:
         """Add the report to a file of JSON lines, one line a run; the file is made if it is not there."""

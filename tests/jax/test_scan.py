@@ -239,7 +239,7 @@ class TestStorage:
 
         return jax.grad(loss, (0, 1))(C * 0 + 1.1, C)
 
-    @pytest.mark.parametrize("memory", [300, 2000, 20_000, 100_000])
+    @pytest.mark.parametrize("memory", [400, 2000, 20_000, 100_000])
     def test_recorded_windows(self, memory: int, scratch: Path) -> None:
         reports: list[Report] = []
         options = {"memory": memory, "disk": scratch, "costs": self.COSTS, "on_report": reports.append}
