@@ -50,7 +50,7 @@ from longtape.witness import Witness
 __all__ = ["Model", "Sweep"]
 
 TINY_SECONDS = 1e-3
-"""Steps shorter than this may be reversed in windows, whose states are kept beside the slots: fewer, larger transfers."""
+"""Shorter steps may be reversed in windows, whose states are kept beside the slots: fewer, larger transfers."""
 
 LONG = 10_000
 """Steps from which on that matters."""
