@@ -12,6 +12,8 @@ from longtape.errors import BudgetError, DeviceError, UsageError
 from longtape.protocols import Bytes
 from longtape.testing.device import SimulatedDevice, at_once, drawn, when_wanted
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def device() -> Iterator[SimulatedDevice]:

@@ -9,6 +9,8 @@ import torch
 from benchmarks.campaigns import damage, errors, fuzz, power, resumed, slow
 from longtape.tiers import disk
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch):

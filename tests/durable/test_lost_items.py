@@ -10,6 +10,8 @@ from benchmarks.campaigns.resumed import destroy, last_point, resume_damaged
 from benchmarks.campaigns.subjects import Subject
 from longtape.actions import Kind
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

@@ -33,6 +33,7 @@ def start(kind, directory, out):
     return subprocess.Popen(program, cwd=ROOT, env=environment)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["eager", "random", "captured"])
 def test_killed_once_in_each_sweep(tmp_path, kind):
     """In fresh processes, killed while the journal says that they are in one sweep or the other."""

@@ -10,6 +10,8 @@ from longtape.errors import StorageError
 from longtape.plan.asynchronous import EXACT, Layout, Rules
 from tests.faults.scripted import Case, Mishaps, run
 
+pytestmark = pytest.mark.slow
+
 LIKELY = st.sampled_from([0.0, 0.0, 0.05, 0.3, 1.0])
 MISHAPS = st.builds(
     Mishaps,

@@ -16,6 +16,8 @@ import longtape.jax as lt
 from longtape.actions import Turn
 from tests.jax import resumed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KINDS = ["residuals", "snapshots"]
 

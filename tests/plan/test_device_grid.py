@@ -21,6 +21,8 @@ from longtape.plan.costs import Costs, Device, Problem
 from longtape.plan.simulate import Speeds, simulate
 from longtape.plan.verify import verify
 
+pytestmark = pytest.mark.slow
+
 STATE = 1000
 RULES = replace(EXACT, deep=True)
 

@@ -13,6 +13,8 @@ from scan_steps import assert_same, dropout, gather_scatter, lstm, plain
 from longtape.errors import UsageError
 from longtape.torch import scan
 
+pytestmark = pytest.mark.slow
+
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
