@@ -110,8 +110,9 @@ def scan(
             and must keep nothing that it computes but in the carry.  What the caller binds
             anew before backward (flags, attributes, globals, closure variables) does not
             matter: the steps are run again with what they found the first time.  Before the
-            sweep step 0 is run a few times to time it, six at most; once each way where that
-            takes more than a second, or no plan depends on it.
+            sweep step 0 is run a few times to check and time it: six at most, and some four more with
+            `compress` or `resume`; once each way to time it where that takes more than a second, or no
+            plan depends on it.
         init: The first carry; a pytree of tensors.  Never modified.
         xs: A pytree of tensors whose first dimension is the step; or an object with ``len``
             and indexing that returns the x of one step, the same whenever it is asked, read
