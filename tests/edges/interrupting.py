@@ -21,6 +21,7 @@ import longtape
 from longtape.tiers import aligned
 
 _LOAD_CONST, _SWAP = dis.opmap["LOAD_CONST"], dis.opmap.get("SWAP", -1)
+_POP_EXCEPT = dis.opmap["POP_EXCEPT"]
 PACKAGE = str(Path(longtape.__file__).parent)
 PATIENCE_SECONDS = 5.0
 """How long threads that are told to end may take."""
@@ -65,9 +66,15 @@ def interrupted(body: Callable[[], Any], at: int) -> str | None:
 
 
 def _is_exit(frame: FrameType) -> bool:
-    """Whether a ``with`` is about to be left in good order: Python looks for no interrupt before it has been."""
+    """Whether a ``with`` or an ``except`` is about to be left in good order.
+
+    Python looks for no interrupt before it has been.  One that a trace function raises where an ``except`` returns
+    makes CPython 3.11 lose a reference to the exception, and with it all that its frames hold.
+    """
     code, at = frame.f_code.co_code, frame.f_lasti
     at += 2 * (code[at] == _SWAP)  # below what is returned
+    if code[at] == _POP_EXCEPT:
+        return True
     return code[at] == _LOAD_CONST and code[at : at + 2] == code[at + 2 : at + 4] == code[at + 4 : at + 6]
 
 
